@@ -1,0 +1,1 @@
+"""Layers joined into networks: token ids in, logits out."""

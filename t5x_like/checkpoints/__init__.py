@@ -1,0 +1,1 @@
+"""Saving, restoring and converting: Orbax steps of our own, and one file per foreign format."""

@@ -1,0 +1,1 @@
+"""Raw corpora -> seqio tasks -> batches on the mesh; knows nothing of models."""

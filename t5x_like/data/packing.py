@@ -1,0 +1,141 @@
+"""Task examples -> rows of a batch: which examples share a row, and how each row is laid out (NumPy only)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from t5x_like.typing import Int
+
+Example = Mapping[str, np.ndarray]
+"""One example as a seqio task gives it: token ids `[length]` by feature name, unpadded."""
+
+Row = Sequence[Example]
+"""The examples that share one row of a batch; an empty row is all padding."""
+
+
+class FeatureConverter(Protocol):
+    """What a family of networks reads: the task features it needs and the arrays it makes of them."""
+
+    @property
+    def task_features(self) -> tuple[str, ...]:
+        """Names of the task features read, e.g. `("inputs", "targets")`."""
+        ...
+
+    def pack(self, examples: Sequence[Example], lengths: Mapping[str, int]) -> list[list[int]]:
+        """Groups `examples` into rows: the indices of the examples of each row, every index exactly once."""
+        ...
+
+    def convert(self, rows: Sequence[Row], lengths: Mapping[str, int], packed: bool) -> dict[str, np.ndarray]:
+        """Lays rows out.
+
+        Args:
+          rows: one list of examples per row of the batch.
+          lengths: maximum length of each task feature; longer examples are cut, as seqio does.
+          packed: add segment ids and positions, and keep the examples of a row apart.
+
+        Returns:
+          int32 arrays `[rows, length]` under seqio's names, 0 where there is no token.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderFeatures:
+    """`inputs` go to the encoder, `targets` to the decoder; arrays as `seqio.EncDecFeatureConverter` makes them."""
+
+    task_features: ClassVar[tuple[str, ...]] = ("inputs", "targets")
+
+    def pack(self, examples: Sequence[Example], lengths: Mapping[str, int]) -> list[list[int]]:
+        """First-fit: see `pack`."""
+        return pack(examples, {feature: lengths[feature] for feature in self.task_features})
+
+    def convert(self, rows: Sequence[Row], lengths: Mapping[str, int], packed: bool) -> dict[str, np.ndarray]:
+        """Lays rows out as encoder and decoder arrays.
+
+        Args:
+          rows: one list of examples per row of the batch; at most one example in each unless `packed`.
+          lengths: maximum length of `inputs` and `targets`; longer examples are cut.
+          packed: add `*_segment_ids` (1 for the first example of a row, 0 for padding) and `*_positions`.
+
+        Returns:
+          int32 `[rows, length]`: `encoder_input_tokens`, `decoder_target_tokens`, `decoder_input_tokens` (targets
+          shifted right, each example starting from 0), `decoder_loss_weights` (1 on targets), and what `packed` adds.
+
+        Raises:
+          ValueError: the examples of a row are longer than it, or several share a row that is not `packed`.
+        """
+        if not packed and any(len(row) > 1 for row in rows):
+            raise ValueError("convert: several examples share a row; pass packed=True")
+        encoder = _lay_out(rows, "inputs", lengths["inputs"])
+        decoder = _lay_out(rows, "targets", lengths["targets"])
+        shifted = np.pad(decoder.tokens, ((0, 0), (1, 0)))[:, :-1]
+        batch = {
+            "encoder_input_tokens": encoder.tokens,
+            "decoder_target_tokens": decoder.tokens,
+            "decoder_input_tokens": shifted,
+            "decoder_loss_weights": (decoder.tokens != 0).astype(np.int32),
+        }
+        if packed:
+            batch |= {
+                # Position 0 is the start of an example, or padding: neither may see the end of the example before it.
+                "decoder_input_tokens": np.where(decoder.positions == 0, np.int32(0), shifted),
+                "encoder_segment_ids": encoder.segment_ids,
+                "encoder_positions": encoder.positions,
+                "decoder_segment_ids": decoder.segment_ids,
+                "decoder_positions": decoder.positions,
+            }
+        return batch
+
+
+def pack(examples: Sequence[Example], lengths: Mapping[str, int]) -> list[list[int]]:
+    """First-fit packing: each example, in order, joins the first row that has room for all its features.
+
+    Args:
+      examples: one block of examples; an example longer than a row counts as cut to it.
+      lengths: room of one row, by feature name; no other features are looked at.
+
+    Returns:
+      The rows, in the order they were opened: the indices of their examples, each index in exactly one row.
+    """
+    room = np.array(list(lengths.values()))
+    sizes = np.array([[len(example[feature]) for feature in lengths] for example in examples], dtype=int)
+    rows: list[list[int]] = []
+    free = np.tile(room, (len(examples), 1))  # of every row that could be needed, opened or not
+    for index, size in enumerate(np.minimum(sizes.reshape(-1, len(room)), room)):
+        row = int((free[: len(rows) + 1] >= size).all(axis=1).argmax())  # the next unopened row always has room
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(index)
+        free[row] -= size
+    return rows
+
+
+class _Layout(NamedTuple):
+    """One feature of all rows: its tokens, the example each belongs to (from 1) and its place in it (from 0)."""
+
+    tokens: Int[np.ndarray, "rows length"]
+    segment_ids: Int[np.ndarray, "rows length"]
+    positions: Int[np.ndarray, "rows length"]
+
+
+def _lay_out(rows: Sequence[Row], feature: str, length: int) -> _Layout:
+    """Writes `feature` of every row's examples one behind the other, all rows at once."""
+    examples = [example[feature][:length] for row in rows for example in row]
+    row_of_example = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    segment_of_example = np.array([segment for row in rows for segment in range(1, len(row) + 1)], dtype=int)
+    sizes = np.array([len(example) for example in examples], dtype=int)
+    row_sizes = np.bincount(row_of_example, weights=sizes, minlength=len(rows)).astype(int)
+    if row_sizes.max(initial=0) > length:
+        raise ValueError(f"convert: a row holds {row_sizes.max()} tokens of {feature!r}, its length is {length}")
+
+    def start(of: np.ndarray) -> np.ndarray:
+        return np.cumsum(of) - of
+
+    row, column = np.repeat(row_of_example, sizes), np.arange(sizes.sum()) - np.repeat(start(row_sizes), row_sizes)
+    layout = _Layout(*(np.zeros((len(rows), length), np.int32) for _ in _Layout._fields))
+    layout.tokens[row, column] = np.concatenate(examples) if examples else 0
+    layout.segment_ids[row, column] = np.repeat(segment_of_example, sizes)
+    layout.positions[row, column] = np.arange(sizes.sum()) - np.repeat(start(sizes), sizes)
+    return layout

@@ -1,0 +1,55 @@
+"""The position-wise feed-forward block."""
+
+import functools
+import operator
+
+import flax.linen as nn
+import jax
+
+from t5x_like.errors import UserError
+from t5x_like.layers.dropout import Dropout
+from t5x_like.layers.linear import Linear
+from t5x_like.sharding import constrain
+from t5x_like.typing import Array, Float
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),  # tanh form, as in T5 1.1
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+    "linear": lambda x: x,
+}
+
+
+class MlpBlock(nn.Module):
+    """Two matrices with an activation between (Vaswani et al. 2017, eq. 2), or its gated form (Shazeer 2020).
+
+    Attributes:
+      mlp_dim: width in the middle.
+      activations: one per input matrix, whose outputs are multiplied: `("relu",)` is T5 1.0, `("gelu", "linear")` T5 1.1.
+      dropout_rate: between the matrices.
+      dtype: of the products.
+    """
+
+    mlp_dim: int
+    activations: tuple[str, ...] = ("relu",)
+    dropout_rate: float = 0.0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in self.activations:
+            if name not in ACTIVATIONS:
+                raise UserError(f"MlpBlock.activations: {name!r} is not one of {', '.join(ACTIVATIONS)}")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
+        """Maps every position by itself."""
+        branches = []
+        for i, activation in enumerate(self.activations):
+            name = "wi" if len(self.activations) == 1 else f"wi_{i}"
+            hidden = Linear((self.mlp_dim,), ("embed", "mlp"), dtype=self.dtype, name=name)(x)
+            branches.append(ACTIVATIONS[activation](hidden))
+        hidden = functools.reduce(operator.mul, branches)
+        hidden = constrain(Dropout(self.dropout_rate)(hidden), "batch", "length", "mlp")
+        return Linear((x.shape[-1],), ("mlp", "embed"), dtype=self.dtype, name="wo")(hidden)

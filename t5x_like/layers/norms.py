@@ -1,0 +1,26 @@
+"""Normalisation. Statistics are float32 whatever the activations are."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from t5x_like.typing import Array, Float
+
+
+def rms_norm(x: Float[Array, "*batch embed"], scale: Float[Array, " embed"], epsilon: float) -> Float[Array, "*batch embed"]:
+    """`x / rms(x) * scale` (Zhang & Sennrich 2019): no mean is subtracted and no bias added, as T5 does."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype) * jnp.broadcast_to(scale, x.shape).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """T5's layer norm: `rms_norm` with a learned scale that starts at one."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        """Normalises the last dimension."""
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        return rms_norm(x, self.param("scale", init, (x.shape[-1],), jnp.float32), self.epsilon)

@@ -1,0 +1,57 @@
+"""Where a token stands: T5's relative position buckets."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_like.typing import Array, Float, Int
+
+
+def relative_position_bucket(
+    relative_position: Int[Array, "q_len k_len"], bidirectional: bool, num_buckets: int, max_distance: int
+) -> Int[Array, "q_len k_len"]:
+    """Buckets of the distance `key - query` (Raffel et al. 2020, section 2.1): one each for near ones, logarithmic beyond.
+
+    Half the buckets serve keys to the right if `bidirectional`; otherwise those share bucket 0. Distances from
+    `max_distance` on share the last bucket.
+    """
+    offset = jnp.zeros_like(relative_position)
+    if bidirectional:
+        num_buckets //= 2
+        offset = jnp.where(relative_position > 0, num_buckets, 0).astype(relative_position.dtype)
+        distance = jnp.abs(relative_position)
+    else:
+        distance = jnp.maximum(-relative_position, 0)
+    exact = num_buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / np.log(max_distance / exact)
+    logarithmic = exact + (ratio * (num_buckets - exact)).astype(relative_position.dtype)
+    return offset + jnp.where(distance < exact, distance, jnp.minimum(logarithmic, num_buckets - 1))
+
+
+class RelativePositionBias(nn.Module):
+    """A learned number per head and bucket, added to attention logits.
+
+    Attributes:
+      num_heads: rows of the table.
+      num_buckets: columns.
+      max_distance: from here on all distances look alike.
+      bidirectional: True in encoders.
+    """
+
+    num_heads: int
+    num_buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = True
+
+    @nn.compact
+    def __call__(
+        self, query_positions: Int[Array, " q_len"], key_positions: Int[Array, " k_len"]
+    ) -> Float[Array, "1 heads q_len k_len"]:
+        """The bias between positions; only differences count, so packed rows may use their plain column numbers."""
+        init = nn.with_logical_partitioning(
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"), ("heads", None)
+        )
+        table = self.param("rel_embedding", init, (self.num_heads, self.num_buckets), jnp.float32)
+        distance = key_positions[None, :] - query_positions[:, None]
+        bucket = relative_position_bucket(distance, self.bidirectional, self.num_buckets, self.max_distance)
+        return jnp.take(table, bucket, axis=1)[None]

@@ -1,0 +1,159 @@
+"""From logical axes to devices: which mesh axis splits which array dimension.
+
+Layers name their dimensions (`batch length embed heads ...`); `ShardingRules` says, in one place, which mesh axis splits
+each name; nothing else in the library knows a mesh axis by name.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t5x_like.errors import UserError
+from t5x_like.typing import Array, PyTree
+
+MESH_AXES = ("replica", "data", "expert", "model")
+LogicalAxes = tuple[str | None, ...]
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Which mesh axes split each logical axis; None replicates it. One field per word of the vocabulary.
+
+    A mesh axis splits an array at most once: the first dimension that asks for it gets it. So `embed="data"` shards
+    parameters over `data` (FSDP) and leaves activations `[batch, length, embed]` alone, whose batch has taken `data`.
+    """
+
+    batch: MeshAxes = ("replica", "data", "expert")
+    length: MeshAxes = None
+    embed: MeshAxes = None
+    heads: MeshAxes = "model"
+    head_dim: MeshAxes = None
+    mlp: MeshAxes = "model"
+    vocab: MeshAxes = "model"
+    experts: MeshAxes = "expert"
+    group: MeshAxes = ("replica", "data", "expert")
+    capacity: MeshAxes = None
+    layers: MeshAxes = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            for name in _as_tuple(getattr(self, field.name)):
+                if name not in MESH_AXES:
+                    raise UserError(f"ShardingRules.{field.name}: {name!r} is no mesh axis; use one of {', '.join(MESH_AXES)} or None")
+
+    def spec(self, axes: LogicalAxes, mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
+        """The partition of an array whose dimensions are named `axes` (None: replicated); mesh axes of size 1 are left out."""
+        used: set[str] = set()
+        parts: list[MeshAxes] = []
+        for axis in axes:
+            wanted = _as_tuple(getattr(self, axis)) if axis else ()
+            free = tuple(name for name in wanted if name not in used and mesh.shape.get(name, 1) > 1)
+            used.update(free)
+            parts.append(free[0] if len(free) == 1 else free or None)
+        return PartitionSpec(*parts)
+
+
+def fsdp_rules() -> ShardingRules:
+    """Fully sharded data parallelism: parameters and optimiser state are split over `data` too."""
+    return ShardingRules(embed="data")
+
+
+def make_mesh(
+    replica: int = 1, data: int = -1, expert: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of `MESH_AXES` over all devices; -1 (at most one) means whatever is left.
+
+    Args:
+      replica: slices joined by the data-centre network; the batch is split over it, parameters never.
+      data: batch, and parameters where FSDP is on.
+      expert: experts of sparse layers (and batch).
+      model: heads, mlp and vocabulary.
+      devices: defaults to every device of every process.
+
+    Raises:
+      UserError: the axes do not multiply up to the number of devices.
+    """
+    devices = list(jax.devices()) if devices is None else list(devices)
+    sizes = dict(zip(MESH_AXES, (replica, data, expert, model), strict=True))
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < -1 or size == 0 for size in sizes.values()):
+        raise UserError(f"make_mesh: sizes are positive, and at most one is -1 (whatever is left); got {sizes}")
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if np.prod(list(sizes.values())) != len(devices):
+        raise UserError(
+            f"make_mesh: {' x '.join(f'{name} {size}' for name, size in sizes.items())} does not make {len(devices)} devices; "
+            f"let the product be {len(devices)}, or set one axis to -1"
+        )
+    shape = tuple(sizes.values())
+    try:  # follows the wiring of a TPU torus where there is one
+        grid = jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 4).devices
+    except (NotImplementedError, ValueError, AssertionError):
+        grid = np.asarray(devices).reshape(shape)
+    return Mesh(grid, MESH_AXES)  # not make_mesh's own: Auto axes, which with_sharding_constraint accepts
+
+
+def single_device_mesh() -> Mesh:
+    """All axes of size 1 on the first device: what a notebook uses."""
+    return make_mesh(data=1, devices=jax.local_devices()[:1])
+
+
+_rules: contextvars.ContextVar[ShardingRules | None] = contextvars.ContextVar("sharding_rules", default=None)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: ShardingRules) -> Iterator[None]:
+    """Within it, `constrain` has a mesh and rules; outside, it does nothing and code runs on one device."""
+    token = _rules.set(rules)
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        _rules.reset(token)
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Tells the compiler how an activation whose dimensions are named `axes` is split; the identity without a mesh."""
+    rules, mesh = _rules.get(), jax.sharding.get_abstract_mesh()
+    if rules is None or mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, rules.spec(axes, mesh))
+
+
+def tree_shardings(axes: PyTree, mesh: Mesh, rules: ShardingRules) -> PyTree:
+    """`NamedSharding`s for a tree whose leaves are tuples of logical axes."""
+    return jax.tree.map(lambda names: NamedSharding(mesh, rules.spec(names, mesh)), axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
+    """How arrays `[batch, ...]` are split."""
+    return NamedSharding(mesh, rules.spec(("batch",), mesh))
+
+
+def check_divisible(shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[str, NamedSharding]) -> None:
+    """Raises one `UserError` that lists every dimension which its mesh axes do not divide, before anything is compiled.
+
+    Args:
+      shapes: name -> shape.
+      shardings: name -> how it is to be split.
+    """
+    wrong = []
+    for name, shape in shapes.items():
+        sharding = shardings[name]
+        for dim, part in enumerate(sharding.spec):
+            ways = int(np.prod([sharding.mesh.shape[axis] for axis in _as_tuple(part)]))
+            if shape[dim] % ways:
+                wrong.append(f"  {name}: dimension {dim} of {shape} is split {ways} ways over {' x '.join(_as_tuple(part))}")
+    if wrong:
+        raise UserError("the mesh does not divide these arrays; change the mesh, the rules or the sizes:\n" + "\n".join(wrong))
+
+
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()

@@ -1,0 +1,61 @@
+"""Per-token losses. Weights, sums and means are the model's business."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from t5x_like.errors import UserError
+from t5x_like.typing import Array, Float, Int
+
+
+class TokenLoss(NamedTuple):
+    """Loss of each token, in nats; `loss` includes `z_loss`, which is kept apart to be logged."""
+
+    loss: Float[Array, "*batch"]
+    z_loss: Float[Array, "*batch"]
+
+
+def cross_entropy(
+    logits: Float[Array, "*batch vocab"],
+    targets: Int[Array, "*batch"],
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> TokenLoss:
+    """Cross entropy from soft targets, plus T5's z-loss; all float32, whatever the logits are.
+
+    The soft target q is 1 - s on the target and s / (vocab - 1) elsewhere, where s is the label smoothing (Szegedy et
+    al. 2016, section 7, who give the target a share of s too). The entropy of q is subtracted, as T5X does, so that
+    the best prediction costs 0. The z-loss, z * log(Z)^2 with Z the softmax normaliser, keeps logits from drifting
+    (Mesh TensorFlow; Chowdhery et al. 2022, section 5: z = 1e-4).
+
+    Args:
+        logits: any float dtype; -inf takes an entry out of the vocabulary (without label smoothing).
+        targets: token ids in [0, vocab); an id of vocab or more costs NaN.
+        label_smoothing: s, in [0, 1).
+        z_loss: z.
+
+    Returns:
+        The loss of every token, z-loss included, and the z-loss apart.
+
+    Raises:
+        UserError: `label_smoothing` lies outside [0, 1).
+    """
+    if not 0.0 <= label_smoothing < 1.0:
+        raise UserError(f"label_smoothing is {label_smoothing}; it is a share of probability: give one in [0, 1)")
+    # Relative to the largest logit: at logits of 1e4 the absolute form loses three digits.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)).astype(jnp.float32)
+    shifted = logits.astype(jnp.float32) - largest
+    log_normalizer = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+    target = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
+
+    loss = log_normalizer - target
+    if label_smoothing:
+        # -sum_i q_i log p_i without the one-hot q: q = low everywhere, and confidence - low more on the target.
+        others = logits.shape[-1] - 1
+        confidence, low = 1.0 - label_smoothing, label_smoothing / others
+        entropy = -confidence * math.log(confidence) - label_smoothing * math.log(low)
+        loss = log_normalizer - (confidence - low) * target - low * jnp.sum(shifted, axis=-1) - entropy
+    z_losses = z_loss * jnp.square(log_normalizer + largest[..., 0])
+    return TokenLoss(loss + z_losses, z_losses)

@@ -1,0 +1,373 @@
+"""What a run reports while it runs: metrics files, TensorBoard, Weights & Biases and a progress bar.
+
+Process 0 holds a `RunLog`, every other process a `SilentRunLog`. To report somewhere else too, write a class
+with `Writer`'s two methods.
+"""
+
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol, Self, TextIO
+
+from t5x_like import __version__
+from t5x_like.errors import UserError
+
+REPORTED_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "numpy")
+
+
+class Writer(Protocol):
+    """Somewhere that numbers go."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Records the scalars of one step; they are safe on disk, or on their way, when this returns."""
+
+    def close(self) -> None:
+        """Lets go of files and connections."""
+
+
+class Progress(Protocol):
+    """What a person sees while the run goes on."""
+
+    def update(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Shows a step; the scalars hold at least `loss` and `tokens_per_second`."""
+
+    def message(self, text: str) -> None:
+        """Shows a line that stays."""
+
+    def close(self) -> None:
+        """Gives the terminal back."""
+
+
+class RunLog:
+    """Sends what a run reports to every writer and to the terminal.
+
+    Use it as a context manager. It writes `metrics/metrics.jsonl` (a row per logged step),
+    `metrics/evaluations.jsonl` (a row per task and evaluated step, under `eval/TASK/METRIC`) and TensorBoard
+    events beside them.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        total_steps: int,
+        resumed_step: int | None = 0,
+        wandb_project: str | None = None,
+    ) -> None:
+        """Opens a run's files.
+
+        Args:
+            model_dir: the run's folder.
+            total_steps: the step at which the run ends.
+            resumed_step: the step of the state that training goes on from. What was reported past it is
+                dropped, because those steps are about to be run again. None drops nothing: for a command that
+                only evaluates.
+            wandb_project: the Weights & Biases project to report to as well (needs the extra `wandb`).
+
+        Raises:
+            UserError: `wandb_project` is given and wandb is not installed.
+        """
+        folder = Path(model_dir) / "metrics"
+        shared: list[Writer] = [TensorBoardWriter(folder, resumed_step)]
+        if wandb_project is not None:
+            shared.append(WandbWriter(wandb_project, folder))
+        self._step_writers: Sequence[Writer] = (JsonlWriter(folder / "metrics.jsonl", resumed_step), *shared)
+        self._evaluation_writers: Sequence[Writer] = (
+            JsonlWriter(folder / "evaluations.jsonl", resumed_step),
+            *shared,
+        )
+        self._progress: Progress = (
+            ProgressBar(total_steps) if sys.stderr.isatty() else ProgressLines(total_steps)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.close()
+        for writer in {*self._step_writers, *self._evaluation_writers}:
+            writer.close()
+
+    def step(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Reports a training step; the scalars hold at least `loss` and `tokens_per_second`."""
+        for writer in self._step_writers:
+            writer.write(step, scalars)
+        self._progress.update(step, scalars)
+
+    def evaluation(self, step: int, task: str, metrics: Mapping[str, float]) -> None:
+        """Reports the metrics of one task at one step; readers take the last report of a step."""
+        scalars = {f"eval/{task}/{name}": value for name, value in metrics.items()}
+        for writer in self._evaluation_writers:
+            writer.write(step, scalars)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.message(f"step {step:,}  {task}:  {shown}")
+
+    def message(self, text: str) -> None:
+        """Shows a line of text, above the progress bar where there is one."""
+        self._progress.message(text)
+
+
+class SilentRunLog(RunLog):
+    """The log of every process but the first: the same methods, no file and no terminal."""
+
+    def __init__(self) -> None:
+        self._step_writers = self._evaluation_writers = ()
+        self._progress = NoProgress()
+
+
+class JsonlWriter:
+    """A JSON object per step: `{"step": 1, "loss": 5.2}`. NaN and infinities become null: JSON has neither."""
+
+    def __init__(self, path: Path, last_step: int | None = None) -> None:
+        """Opens a file to append to, without its rows past `last_step` and those that a crash left unfinished."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [row for row in read_jsonl(path) if last_step is None or row["step"] <= last_step]
+            replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends a row."""
+        numbers = {name: float(value) for name, value in scalars.items()}
+        row = {"step": step} | {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """TensorBoard events as plain records: `tf.summary` needs the tensorboard package, and takes a GPU."""
+
+    def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
+        """Opens a new event file, and has TensorBoard forget what older ones hold past `resumed_step`."""
+        import tensorflow as tf
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._tf = tf.compat.v1
+        self._file = tf.io.TFRecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"))
+        self._event(file_version="brain.Event:2")
+        if resumed_step is not None:
+            start = self._tf.SessionLog(status=self._tf.SessionLog.START)
+            self._event(step=resumed_step + 1, session_log=start)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends one event that holds every scalar."""
+        summary = self._tf.Summary()
+        for name, value in scalars.items():
+            summary.value.add(tag=name, simple_value=float(value))
+        self._event(step=step, summary=summary)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _event(self, **fields: object) -> None:
+        self._file.write(self._tf.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.flush()
+
+
+class WandbWriter:
+    """A Weights & Biases run; a resumed run goes on under the id that the first one left in `wandb_id`."""
+
+    def __init__(self, project: str, folder: Path) -> None:
+        """Starts or continues a run; raises UserError where wandb is not installed."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "wandb_project is set, but wandb is not installed: pip install 't5x_like[wandb]'"
+            ) from error
+        folder.mkdir(parents=True, exist_ok=True)
+        id_file = folder / "wandb_id"
+        known = id_file.read_text() if id_file.exists() else None
+        self._run = wandb.init(project=project, dir=str(folder), id=known, resume="allow")
+        id_file.write_text(self._run.id)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Sends the scalars."""
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        """Ends the run on the server."""
+        self._run.finish()
+
+
+class ProgressBar:
+    """A bar at the foot of the terminal, with step, loss, tokens/s, time left and time elapsed."""
+
+    def __init__(self, total_steps: int) -> None:
+        """Shows nothing yet: the bar appears with the first step."""
+        from rich import progress, table
+        from rich.console import Console
+
+        self._pace = _Pace(total_steps)
+        self._bar = progress.Progress(
+            progress.BarColumn(bar_width=None, table_column=table.Column(ratio=1)),
+            progress.TextColumn("{task.description}", table_column=table.Column(no_wrap=True)),
+            progress.TimeElapsedColumn(),
+            console=Console(stderr=True),
+            expand=True,
+        )
+        self._task = self._bar.add_task("", total=total_steps)
+
+    def update(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Moves the bar."""
+        self._bar.start()
+        self._bar.update(self._task, completed=step, description=self._pace.describe(step, scalars))
+
+    def message(self, text: str) -> None:
+        """Prints above the bar."""
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.stop()
+
+
+class ProgressLines:
+    """Plain lines for a log file: the first step, the last one, and one every half minute between them."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        stream: TextIO | None = None,
+        seconds_between_lines: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prints nothing yet; lines go to `stream` (standard error when None)."""
+        self._total_steps = total_steps
+        self._stream = stream
+        self._seconds = seconds_between_lines
+        self._clock = clock
+        self._pace = _Pace(total_steps, clock)
+        self._start = clock()
+        self._last_line = -math.inf
+
+    def update(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Prints a line when one is due."""
+        text, now = self._pace.describe(step, scalars), self._clock()
+        if now - self._last_line >= self._seconds or step >= self._total_steps:
+            self._last_line = now
+            self.message(f"{text}  elapsed {timedelta(seconds=int(now - self._start))}")
+
+    def message(self, text: str) -> None:
+        """Prints a line at once."""
+        print(text, file=self._stream or sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def update(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Nothing to do."""
+
+    def message(self, text: str) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class _Pace:
+    """Says how far a run has come; the time left is reckoned from the first report on,, after compilation."""
+
+    def __init__(self, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total_steps = total_steps
+        self._clock = clock
+        self._first: tuple[int, float] | None = None
+
+    def describe(self, step: int, scalars: Mapping[str, float]) -> str:
+        """E.g. `step 120/1,000  loss 3.4120  12,345 tokens/s  ETA 0:03:10`."""
+        now = self._clock()
+        self._first = self._first or (step, now)
+        steps_done, seconds = step - self._first[0], now - self._first[1]
+        eta = "-:--:--"
+        if steps_done > 0:
+            eta = str(timedelta(seconds=int(seconds / steps_done * (self._total_steps - step))))
+        return (
+            f"step {step:,}/{self._total_steps:,}  loss {scalars['loss']:.4f}  "
+            f"{scalars['tokens_per_second']:,.0f} tokens/s  ETA {eta}"
+        )
+
+
+def read_jsonl(path: Path) -> list[dict[str, float]]:
+    """The rows of a `JsonlWriter` file, without any that a crash left unfinished."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a whole file, or leaves the old one as it was: never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_run_json(model_dir: str | Path, facts: Mapping[str, object]) -> Path:
+    """Writes `run.json`: what ran, on what, with which versions. Holds no host name.
+
+    The top level describes the session that writes; `sessions` lists every one, oldest first, so that
+    a resumed run still tells how it began.
+
+    Args:
+        model_dir: the run's folder.
+        facts: what only the caller knows, e.g. `mesh`, `parameter_count`, `seeds`; anything JSON can hold.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UserError: there is a run.json that is not JSON.
+    """
+    import jax
+
+    path = Path(model_dir) / "run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    devices = jax.devices()
+    session = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "git_revision": git_revision(Path(__file__).parent),
+        "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
+        "versions": {
+            "t5x_like": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in REPORTED_VERSIONS},
+        },
+        **facts,
+    }
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
+    except (json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{path} was not written by t5x_like ({error}): move it away") from error
+    replace_text(path, json.dumps({**session, "sessions": [*earlier, session]}, indent=2) + "\n")
+    return path
+
+
+def git_revision(folder: Path) -> str | None:
+    """The commit of a folder's files, with `-dirty` after it if they differ; None outside a repository."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
