@@ -47,7 +47,7 @@ class ShardingRules:
                 if name not in MESH_AXES:
                     raise UserError(f"ShardingRules.{field.name}: {name!r} is no mesh axis; use one of {', '.join(MESH_AXES)} or None")
 
-    def spec(self, axes: LogicalAxes, mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
+    def spec(self, axes: LogicalAxes, mesh: Mesh) -> PartitionSpec:
         """The partition of an array whose dimensions are named `axes` (None: replicated); mesh axes of size 1 are left out."""
         used: set[str] = set()
         parts: list[MeshAxes] = []
@@ -100,41 +100,51 @@ def make_mesh(
     return Mesh(grid, MESH_AXES)  # not make_mesh's own: Auto axes, which with_sharding_constraint accepts
 
 
-def single_device_mesh() -> Mesh:
-    """All axes of size 1 on the first device: what a notebook uses."""
-    return make_mesh(data=1, devices=jax.local_devices()[:1])
+_active: contextvars.ContextVar["Partitioner | None"] = contextvars.ContextVar("partitioner", default=None)
 
 
-_rules: contextvars.ContextVar[ShardingRules | None] = contextvars.ContextVar("sharding_rules", default=None)
+@dataclasses.dataclass(frozen=True)
+class Partitioner:
+    """A mesh and the rules by which arrays are split over it. The default serves a laptop: all devices, data parallel.
 
+    Attributes:
+      mesh: its axes are `MESH_AXES`.
+      rules: from logical to mesh axes.
+    """
 
-@contextlib.contextmanager
-def use(mesh: Mesh, rules: ShardingRules) -> Iterator[None]:
-    """Within it, `constrain` has a mesh and rules; outside, it does nothing and code runs on one device."""
-    token = _rules.set(rules)
-    try:
-        with jax.set_mesh(mesh):
-            yield
-    finally:
-        _rules.reset(token)
+    mesh: Mesh = dataclasses.field(default_factory=make_mesh)
+    rules: ShardingRules = ShardingRules()
+
+    @classmethod
+    def single_device(cls) -> "Partitioner":
+        """Everything on this process's first device: what a notebook uses."""
+        return cls(make_mesh(data=1, devices=jax.local_devices()[:1]))
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """How an array is split whose dimensions are named `axes`; none: replicated."""
+        return NamedSharding(self.mesh, self.rules.spec(axes, self.mesh))
+
+    def tree_shardings(self, axes: PyTree) -> PyTree:
+        """`sharding` for every tuple of logical axes in a tree."""
+        return jax.tree.map(lambda names: self.sharding(*names), axes, is_leaf=lambda x: isinstance(x, tuple))
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Within it, `constrain` knows mesh and rules; outside, it does nothing and code runs on one device."""
+        token = _active.set(self)
+        try:
+            with jax.set_mesh(self.mesh):
+                yield
+        finally:
+            _active.reset(token)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
     """Tells the compiler how an activation whose dimensions are named `axes` is split; the identity without a mesh."""
-    rules, mesh = _rules.get(), jax.sharding.get_abstract_mesh()
-    if rules is None or mesh.empty or mesh.size == 1:
+    partitioner = _active.get()
+    if partitioner is None or partitioner.mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, rules.spec(axes, mesh))
-
-
-def tree_shardings(axes: PyTree, mesh: Mesh, rules: ShardingRules) -> PyTree:
-    """`NamedSharding`s for a tree whose leaves are tuples of logical axes."""
-    return jax.tree.map(lambda names: NamedSharding(mesh, rules.spec(names, mesh)), axes, is_leaf=lambda x: isinstance(x, tuple))
-
-
-def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
-    """How arrays `[batch, ...]` are split."""
-    return NamedSharding(mesh, rules.spec(("batch",), mesh))
+    return jax.lax.with_sharding_constraint(x, partitioner.sharding(*axes))
 
 
 def check_divisible(shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[str, NamedSharding]) -> None:

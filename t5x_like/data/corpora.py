@@ -1,4 +1,4 @@
-"""The corpora shipped inside the package, as plain Python rows. What they are and their licences: files/NOTICE.md."""
+"""The corpora shipped inside the package, as plain Python rows. Sources and licences: files/NOTICE.md."""
 
 import functools
 import hashlib
@@ -26,7 +26,7 @@ class Verse(NamedTuple):
 
 
 class Sense(NamedTuple):
-    """One sense of an English noun: what WordNet says it means, and which of 26 supersenses (`animal`, `food`) it is."""
+    """One sense of an English noun: its definition, and its class among 26 (`animal`, `food`, ...)."""
 
     word: str
     definition: str

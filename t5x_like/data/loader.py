@@ -1,9 +1,8 @@
-"""seqio tasks -> batches of this process -> global arrays, and back to any batch from a few bytes of position.
+"""seqio tasks -> this process's batches -> global arrays; and back to any batch from a few bytes of position.
 
-Every random choice is a function of (seed, task, epoch), (seed, task, epoch, shard) or (seed, shard, block): nothing is
-carried from batch to batch. The examples of a shard come in blocks of `BLOCK`; mixing and packing never look past a
-block, so a batch is found again from its block, its row in the packed block, and where each task stood at the block's
-start.
+Every random choice is a function of (seed, task, epoch, shard) or (seed, shard, block): nothing is carried.
+The examples of a shard come in blocks of `BLOCK`. Mixing and packing never look past a block, so any batch is
+found again from its block, its row in the packed block, and where each task stood when the block began.
 """
 
 import contextlib
@@ -18,10 +17,11 @@ import os
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypedDict, TypeVar
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported: warnings and errors only
+# TensorFlow logs a missing GPU as an error, and raises what really is one. Must be set before it is imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import numpy as np
@@ -32,35 +32,38 @@ from t5x_like.data import tasks
 from t5x_like.data.packing import Example, FeatureConverter, Row
 from t5x_like.errors import UserError
 
-with contextlib.suppress(RuntimeError):  # a program that already runs TensorFlow on its GPU keeps it
-    tf.config.set_visible_devices([], "GPU")  # or TensorFlow would take all the memory that JAX needs
-
 BLOCK = 1024
 """Examples that are mixed and packed together. Part of the data order: another value gives other batches."""
 
-_CHUNK = 256  # examples that leave TensorFlow at once; speed only
-
-_SEQIO_LOCK = threading.Lock()  # seqio deals out preprocessing seeds from a global variable
-
 T = TypeVar("T")
+
+_CHUNK = 256  # examples that leave TensorFlow at once; for speed only
+
+_SEQIO_LOCK = threading.Lock()  # seqio deals out the preprocessors' seeds from a global variable
+
+with contextlib.suppress(RuntimeError):  # a program that already runs TensorFlow on its GPU keeps it
+    tf.config.set_visible_devices([], "GPU")  # or TensorFlow takes the memory that JAX needs
+
+# seqio warns, every epoch, of sources that begin again when a run does; here they go on where it stopped.
+logging.getLogger("absl").addFilter(lambda record: "uncached FunctionDataset" not in str(record.msg))
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """What to read, and how. More than eight fields, because they are T5X's, under T5X's names, in one gin object.
+    """What to read, and how. More than eight fields: they are T5X's, by T5X's names, and so are the bindings.
 
     Attributes:
       mixture_or_task_name: a registered seqio task or mixture.
       task_feature_lengths: maximum length of each task feature, in tokens.
       batch_size: rows of the global batch.
-      split: e.g. `train`; a mixture skips tasks without it, as seqio does.
-      shuffle: read files in random order and shuffle examples in the task's own buffer.
+      split: e.g. `train`; a mixture leaves out the tasks that lack it, as in seqio.
+      shuffle: read the source in random order, and shuffle examples in the task's buffer.
       pack: put several examples in a row.
-      seed: of every random choice made here, not negative.
-      vocabulary: to be used instead of the tasks' own.
-      num_shards: streams that the data is dealt into, each feeding its own rows of the batch. Set it to the number of
-        processes that should share the work of reading: the data order depends on it, but not on the processes.
-      use_cached: read the tasks that have one from seqio's offline cache.
+      seed: of every random choice made here.
+      vocabulary: used instead of the tasks' own.
+      num_shards: parts that the data is dealt into, each feeding its own rows of the batch. The data order
+        depends on it, not on the number of processes; with one shard per process, each reads only its own.
+      use_cached: read from seqio's offline cache where a task supports it.
       module: imported first, to register third-party tasks.
     """
 
@@ -78,33 +81,34 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         """Raises `UserError` for a number that can never work."""
-        least = {"batch_size": 1, "num_shards": 1, "seed": 0}
-        values = [(name, getattr(self, name), minimum) for name, minimum in least.items()]
-        values += [(f"task_feature_lengths[{name!r}]", size, 1) for name, size in self.task_feature_lengths.items()]
-        for name, value, minimum in values:
-            if value < minimum:
-                raise UserError(f"DatasetConfig.{name} is {value}; it must be at least {minimum}")
+        lengths = {
+            f"task_feature_lengths[{name!r}]": size for name, size in self.task_feature_lengths.items()
+        }
+        for name, value in {"batch_size": self.batch_size, "num_shards": self.num_shards, **lengths}.items():
+            if value < 1:
+                raise UserError(f"DatasetConfig.{name} is {value}; it must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"DatasetConfig.seed is {self.seed}; it must not be negative")
 
 
 class WeightedTask(NamedTuple):
-    """A task and its share of a mixture (any unit)."""
+    """A task and its share of a mixture, in any unit."""
 
     task: seqio.Task
     rate: float
 
 
 def weighted_tasks(config: DatasetConfig) -> list[WeightedTask]:
-    """The tasks behind `config.mixture_or_task_name`, nested mixtures flattened, with `config.vocabulary` if it is set.
+    """The tasks behind `config.mixture_or_task_name`; nested mixtures are flattened.
 
     Args:
-      config: names the task or mixture, the split, and the module that registers it.
+      config: names the task or mixture, the module that registers it, the split and the vocabulary.
 
     Returns:
-      One entry per task that has the split and a rate above 0, sorted by name.
+      The tasks that have the split, sorted by name; with `config.vocabulary` if it is set.
 
     Raises:
-      UserError: the module cannot be imported, no task has the split, tasks disagree on a vocabulary, or a task cannot
-        be read as `config` asks.
+      UserError: the module cannot be imported, no task has the split, or the tasks' vocabularies differ.
     """
     if config.module is not None:
         try:
@@ -116,36 +120,31 @@ def weighted_tasks(config: DatasetConfig) -> list[WeightedTask]:
     mixed = [WeightedTask(provider, 1.0)]
     if isinstance(provider, seqio.Mixture):
         mixed = [WeightedTask(task, provider.get_rate(task)) for task in provider.tasks]
-    mixed = [entry for entry in mixed if entry.rate > 0]
     splits = sorted({known for task, _ in mixed for known in task.splits})
     if split not in splits:
-        raise UserError(f"DatasetConfig.split {split!r} is not a split of {name!r}; it has: {', '.join(splits)}")
-    for task, _ in mixed:
-        if split not in task.splits:
-            logging.warning("%s: task %s has no split %r, left out", name, task.name, split)
-        elif config.use_cached and task.supports_caching and not task.cache_dir:
-            raise UserError(f"DatasetConfig.use_cached: {task.name!r} is in none of seqio's cache directories")
-        elif task.requires_caching and not config.use_cached:
-            raise UserError(f"{task.name!r} can only be read from seqio's cache: set DatasetConfig.use_cached = True")
-    mixed = [entry for entry in mixed if split in entry.task.splits]
+        raise UserError(f"DatasetConfig.split: {name!r} has no {split!r}; it has {', '.join(splits)}")
+    lacking = [task.name for task, _ in mixed if split not in task.splits]
+    if lacking:
+        logging.getLogger(__name__).warning("%s without %s: no split %r", name, ", ".join(lacking), split)
+    mixed = [entry for entry in mixed if entry.task.name not in lacking]
     if config.vocabulary is not None:
         mixed = [WeightedTask(tasks.with_vocabulary(task, config.vocabulary), rate) for task, rate in mixed]
     for (first, _), (second, _) in itertools.pairwise(mixed):
-        for feature in first.output_features.keys() & second.output_features.keys():
-            if first.output_features[feature].vocabulary != second.output_features[feature].vocabulary:
+        for feature, spec in first.output_features.items():
+            if spec.vocabulary != second.output_features[feature].vocabulary:
                 raise UserError(
-                    f"{name!r}: {first.name!r} and {second.name!r} have different vocabularies for {feature!r}; "
-                    "set DatasetConfig.vocabulary to use one for all"
+                    f"mixture {name!r}: the vocabularies of {first.name!r} and {second.name!r} differ for "
+                    f"{feature!r}; set DatasetConfig.vocabulary to use one for both"
                 )
     return mixed
 
 
 class ShardPosition(TypedDict):
-    """Where one shard stands: the next row of its current block, and where each task stood at that block's start."""
+    """Where one shard stands: the next row of its block, and where each task stood when the block began."""
 
     block: int
     row: int
-    tasks: dict[str, list[int]]  # name -> [epoch, examples of that epoch already used]
+    tasks: dict[str, list[int]]  # name -> [epoch, examples of this epoch already used]
 
 
 Position = dict[str, ShardPosition]
@@ -153,15 +152,19 @@ Position = dict[str, ShardPosition]
 
 
 class TrainLoader:
-    """Endless batches for one process, which can start again from any position, on any number of processes."""
+    """Endless batches for one process, which can go on from any position, with any number of processes."""
 
     def __init__(
-        self, config: DatasetConfig, converter: FeatureConverter, process_index: int = 0, process_count: int = 1
+        self,
+        config: DatasetConfig,
+        converter: FeatureConverter,
+        process_index: int = 0,
+        process_count: int = 1,
     ) -> None:
         """Checks the configuration; reads nothing yet.
 
-        Shard `v` feeds rows `[v * b, (v + 1) * b)` of the global batch, `b = batch_size / num_shards`; process `p` gets
-        rows `[p * c, (p + 1) * c)`, `c = batch_size / process_count`, and reads just the shards that these rows touch.
+        Shard `s` feeds rows `[s * n, (s + 1) * n)` of a global batch, `n = batch_size / num_shards`. Process
+        `p` gets rows `[p * m, (p + 1) * m)`, `m = batch_size / process_count`, and reads just their shards.
 
         Args:
           config: what to read.
@@ -174,78 +177,77 @@ class TrainLoader:
         """
         self._config, self._converter = config, converter
         self._mixed = weighted_tasks(config)
+        self._names = [task.name for task, _ in self._mixed]
         for task, _ in self._mixed:
             _check_task(task, config, converter)
-            if config.shuffle and task.shuffle_buffer_size is None and not task.source.performs_internal_shuffling:
-                raise UserError(f"{task.name!r} forbids shuffling: set DatasetConfig.shuffle = False")
         _check_divisible(config.batch_size, math.lcm(config.num_shards, process_count))
         self._shard_rows = config.batch_size // config.num_shards
         rows = config.batch_size // process_count
-        start = process_index * rows
-        self._shards = range(start // self._shard_rows, -(-(start + rows) // self._shard_rows))
-        first_row = self._shards.start * self._shard_rows  # of the rows that are read here, the ones that we feed
-        self._own_rows = slice(start - first_row, start - first_row + rows)
+        first, last = process_index * rows, (process_index + 1) * rows - 1
+        self._shards = range(first // self._shard_rows, last // self._shard_rows + 1)
+        skipped = first - self._shards[0] * self._shard_rows  # rows of our first shard that others feed
+        self._own_rows = slice(skipped, skipped + rows)
 
     def batches(self, position: Position | None = None) -> Iterator[tuple[dict[str, np.ndarray], Position]]:
         """Batches from `position` on.
 
         Args:
-          position: what an earlier loader gave with the last batch used; `None` for the beginning. With several
-            processes, pass the union (`|`) of what they gave if their number has changed.
+          position: what the loader gave with the last batch used; `None` for the beginning. If the number of
+            processes has changed: the union (`|`) of what all of them gave.
 
         Returns:
-          Endless pairs: this process's rows of the next global batch, int32 `[batch_size / process_count, length]` by
-          feature name, and the position after it, of the shards that this process reads.
+          Endless pairs: this process's rows of the next global batch, int32 `[batch_size / process_count,
+          length]` by feature name; and the position after it of the shards that this process reads.
 
         Raises:
-          UserError: `position` comes from another `num_shards` or mixture; while iterating: a task has no examples.
+          UserError: `position` comes from another `num_shards` or mixture; while iterating: a task is empty.
         """
         starts = {shard: self._start(shard, position) for shard in self._shards}
-        return self._generate({shard: self._rows(shard, start) for shard, start in starts.items()})
+        return self._batches({shard: self._rows(shard, start) for shard, start in starts.items()})
 
-    def _generate(
+    def _batches(
         self, shards: Mapping[int, Iterator[tuple[Row, ShardPosition]]]
     ) -> Iterator[tuple[dict[str, np.ndarray], Position]]:
-        """Takes each shard's share of a batch, side by side."""
+        """Joins what each shard gives to a batch."""
         while True:
             rows: list[Row] = []
             after: Position = {}
             for shard, stream in shards.items():
-                for row, after[str(shard)] in itertools.islice(stream, self._shard_rows):
+                for _ in range(self._shard_rows):
+                    row, after[str(shard)] = next(stream)
                     rows.append(row)
-            own = rows[self._own_rows]
-            yield self._converter.convert(own, self._config.task_feature_lengths, self._config.pack), after
+            own, lengths = rows[self._own_rows], self._config.task_feature_lengths
+            yield self._converter.convert(own, lengths, self._config.pack), after
 
     def _start(self, shard: int, position: Position | None) -> ShardPosition:
-        """Where `shard` starts, checked against this configuration."""
-        names = [task.name for task, _ in self._mixed]
+        """Where `shard` goes on, checked against the configuration."""
         if position is None:
-            return {"block": 0, "row": 0, "tasks": {name: [0, 0] for name in names}}
-        found = position.get(str(shard))
-        if found is None or any(int(known) >= self._config.num_shards for known in position):
+            return {"block": 0, "row": 0, "tasks": {name: [0, 0] for name in self._names}}
+        start, count = position.get(str(shard)), self._config.num_shards
+        if start is None or any(int(known) >= count for known in position):
             raise UserError(
-                f"the data position has shards {', '.join(position)}, but DatasetConfig.num_shards is "
-                f"{self._config.num_shards}: continue with the num_shards that it was saved with"
+                f"the data position has shards {', '.join(position)}, DatasetConfig.num_shards is {count}: "
+                "go on with the number that it was saved with"
             )
-        if found["tasks"].keys() != set(names):
+        if start["tasks"].keys() != set(self._names):
+            name = self._config.mixture_or_task_name
             raise UserError(
-                f"the data position has tasks {', '.join(found['tasks'])}, but {self._config.mixture_or_task_name!r} "
-                f"has {', '.join(names)}: continue with the mixture that it was saved with"
+                f"the data position has tasks {', '.join(start['tasks'])}, but {name!r} of "
+                f"DatasetConfig.mixture_or_task_name has {', '.join(self._names)}: go on with the same tasks"
             )
-        return found
+        return start
 
     def _rows(self, shard: int, start: ShardPosition) -> Iterator[tuple[Row, ShardPosition]]:
         """Rows of one shard, each with the position after it."""
-        config = self._config
+        config, before, first = self._config, start["tasks"], start["row"]
         streams = [
-            _examples_forever(task, config, self._converter, shard, start["tasks"][task.name]) for task, _ in self._mixed
+            _examples_forever(task, config, self._converter, shard, before[task.name])
+            for task, _ in self._mixed
         ]
-        names = [task.name for task, _ in self._mixed]
-        before, first = start["tasks"], start["row"]
         for block in itertools.count(start["block"]):
             after, examples = dict(before), []
             for choice in self._choices(shard, block):
-                example, after[names[choice]] = next(streams[choice])
+                example, after[self._names[choice]] = next(streams[choice])
                 examples.append(example)
             groups = [[index] for index in range(BLOCK)]
             if config.pack:
@@ -258,19 +260,20 @@ class TrainLoader:
             before, first = after, 0
 
     def _choices(self, shard: int, block: int) -> list[int]:
-        """The task of each example of a block, drawn by the mixture's rates."""
+        """The task of each example of a block, drawn by the rates; no two blocks share a Philox counter."""
         bits = np.random.Philox(key=[self._config.seed, shard], counter=[0, 0, 0, block])
         bounds = np.cumsum([rate for _, rate in self._mixed])
-        return np.searchsorted(bounds / bounds[-1], np.random.Generator(bits).random(BLOCK), side="right").tolist()
+        draws = np.random.Generator(bits).random(BLOCK)
+        return np.searchsorted(bounds / bounds[-1], draws, side="right").tolist()
 
 
 class EvalBatch(NamedTuple):
-    """Rows for the network, and the examples they came from.
+    """Rows for the network, and the examples that they come from.
 
     Attributes:
       batch: this process's rows, int32 `[batch_size / process_count, length]` by feature name, unpacked.
-      examples: the real examples of the global batch, in order: row `i` is `examples[i]`, and any further row is
-        padding without loss weight. They hold all that the task gives, such as `inputs_pretokenized`.
+      examples: the examples of the global batch, with all that the task gives, such as `inputs_pretokenized`.
+        Row `i` of the global batch is `examples[i]`; any rows beyond them are padding without loss weight.
     """
 
     batch: dict[str, np.ndarray]
@@ -285,13 +288,13 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[EvalBatch]:
-    """One pass over one task, in order and unpacked (`config.shuffle`, `pack` and `num_shards` play no part).
+    """One pass over one task, in order and unpacked, whatever `config` says of shuffling, packing and shards.
 
     Args:
       config: lengths, batch size, split and seed.
-      task: from `weighted_tasks(config)`.
+      task: one of `weighted_tasks(config)`.
       converter: makes arrays of examples.
-      limit: read this many examples at most.
+      limit: examples to read at most.
       process_index: this process, from 0.
       process_count: processes that share a global batch; each reads all examples and lays out its own rows.
 
@@ -299,107 +302,116 @@ def eval_batches(
       Batches, all of the same shape.
 
     Raises:
-      UserError: a feature is missing, the batch cannot be divided, or (while iterating) the split has no examples.
+      UserError: a feature is missing, or the batch cannot be divided; while iterating: the split is empty.
     """
+    config = dataclasses.replace(config, shuffle=False, num_shards=1)
     _check_task(task, config, converter)
     _check_divisible(config.batch_size, process_count)
-    rows = config.batch_size // process_count
-    own = slice(process_index * rows, (process_index + 1) * rows)
+    share = config.batch_size // process_count
+    own_rows = slice(process_index * share, (process_index + 1) * share)
 
-    def generate() -> Iterator[EvalBatch]:
-        dataset = _open(dataclasses.replace(config, shuffle=False, num_shards=1), task, shard=0, epoch=0)
-        _check_features(task, dataset, converter)
+    def batches() -> Iterator[EvalBatch]:
+        dataset = _open(task, config, converter, shard=0, epoch=0)
         examples = (dataset if limit is None else dataset.take(limit)).as_numpy_iterator()
-        for count in itertools.count():
-            batch = list(itertools.islice(examples, config.batch_size))
-            if not batch and count == 0:
-                raise UserError(f"{task.name!r} has no examples in its split {config.split!r}")
-            if not batch:
-                return
-            padded = [[example] for example in batch] + [[]] * (config.batch_size - len(batch))
-            yield EvalBatch(converter.convert(padded[own], config.task_feature_lengths, packed=False), batch)
+        real = list(itertools.islice(examples, config.batch_size))
+        if not real:
+            raise _empty(task, config)
+        while real:
+            rows = [[example] for example in real] + [[]] * (config.batch_size - len(real))
+            batch = converter.convert(rows[own_rows], config.task_feature_lengths, packed=False)
+            yield EvalBatch(batch, real)
+            real = list(itertools.islice(examples, config.batch_size))
 
-    return generate()
+    return batches()
 
 
 def prefetch(items: Iterable[T], size: int = 2) -> Generator[T, None, None]:
-    """Makes up to `size` items ahead in a background thread.
+    """Makes items ahead of time in a background thread.
 
-    The thread starts with the first item and ends when the items do, or when this generator is closed or dropped. What
-    `items` raises is raised here, in its turn.
+    The thread starts when the first item is asked for, and ends after the last one or when this generator is
+    closed or dropped. What `items` raises is raised here, in its turn.
 
     Args:
-      items: made in the thread, one after the other.
-      size: items that are ready or being made, at least 1.
+      items: made one after the other, all in that thread.
+      size: how many may be ready or in the making, at least 1.
 
     Returns:
-      The items, in order.
+      The same items in the same order.
     """
-    end = object()
     iterator = iter(items)
     worker = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
-        pending: deque[Future[T | object]] = deque(worker.submit(next, iterator, end) for _ in range(size))
-        while (item := pending.popleft().result()) is not end:
-            pending.append(worker.submit(next, iterator, end))
+        pending = deque(worker.submit(next, iterator) for _ in range(size))
+        while True:
+            try:
+                item = pending.popleft().result()
+            except StopIteration:
+                return
+            pending.append(worker.submit(next, iterator))
             yield item
     finally:
         worker.shutdown(cancel_futures=True)
 
 
 def host_to_devices(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """Joins every process's rows into global arrays.
+    """Joins the rows of all processes into global arrays.
 
     Args:
       batch: this process's rows, `[batch_size / process_count, length]` by feature name.
       sharding: of a global `[batch_size, length]` array, e.g. a `NamedSharding` over the mesh's batch axes.
 
     Returns:
-      Global arrays under the same names.
+      Global arrays by the same names.
     """
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
 def _check_divisible(batch_size: int, by: int) -> None:
     if batch_size % by:
-        below, above = batch_size // by * by, (batch_size // by + 1) * by
+        nearest = max(1, round(batch_size / by)) * by
         raise UserError(
-            f"DatasetConfig.batch_size {batch_size} is not divisible by {by} (shards and processes share it evenly); "
-            f"the nearest that works is {above if above - batch_size <= batch_size - below or not below else below}"
+            f"DatasetConfig.batch_size is {batch_size}; equal parts for shards and processes need a multiple "
+            f"of {by}: the nearest is {nearest}"
         )
 
 
 def _check_task(task: seqio.Task, config: DatasetConfig, converter: FeatureConverter) -> None:
+    reader = type(converter).__name__
     for feature in converter.task_features:
         if feature not in config.task_feature_lengths:
+            known = ", ".join(config.task_feature_lengths)
             raise UserError(
-                f"DatasetConfig.task_feature_lengths has no {feature!r}, which {type(converter).__name__} reads; "
-                f"it has: {', '.join(config.task_feature_lengths)}"
+                f"DatasetConfig.task_feature_lengths has {known}; {reader} also reads {feature!r}"
             )
         if feature not in task.output_features:
-            raise UserError(
-                f"{task.name!r} gives no {feature!r}, which {type(converter).__name__} reads; "
-                f"it gives: {', '.join(task.output_features)}"
-            )
+            known = ", ".join(task.output_features)
+            raise UserError(f"task {task.name!r} gives {known}; {reader} also reads {feature!r}")
+    if config.shuffle and task.shuffle_buffer_size is None and not task.source.performs_internal_shuffling:
+        raise UserError(f"task {task.name!r} cannot be shuffled: set DatasetConfig.shuffle to False")
+    if config.use_cached and task.supports_caching and not task.cache_dir:
+        raise UserError(
+            f"DatasetConfig.use_cached: task {task.name!r} is in none of seqio's cache directories"
+        )
+    if task.requires_caching and not config.use_cached:
+        raise UserError(
+            f"task {task.name!r} must be read from its cache: set DatasetConfig.use_cached to True"
+        )
 
 
-def _check_features(task: seqio.Task, dataset: tf.data.Dataset, converter: FeatureConverter) -> None:
-    for feature in converter.task_features:
-        spec = dataset.element_spec.get(feature)
-        if spec is None or not spec.dtype.is_integer or spec.shape.rank != 1:
-            raise UserError(f"{task.name!r}: {feature!r} must be a vector of token ids; its preprocessors give {spec}")
+def _empty(task: seqio.Task, config: DatasetConfig, part: str = "") -> UserError:
+    return UserError(f"task {task.name!r} has no examples in its split {config.split!r}{part}")
 
 
 def _seed(*parts: int | str) -> int:
-    """A seed of 31 bits for each combination of `parts`."""
+    """A seed of 31 bits for every combination of `parts`."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()) >> 1
 
 
-class _InOrderOf(seqio.DataSource):
-    """A source that is read in the order of its own seed, whatever the seed of the preprocessors.
+class _Ordered(seqio.DataSource):
+    """A source that is read in the order of its own seed, whatever seed the preprocessors get.
 
-    Shards must agree on the order of the source, or they would not be disjoint, but not on the noise they add: seqio
-    has one seed for both.
+    The shards of a task must agree on the order of its source, or they overlap, but not on the noise that its
+    preprocessors draw; seqio has one seed for both.
     """
 
     def __init__(self, source: seqio.DataSource, seed: int) -> None:
@@ -417,28 +429,39 @@ class _InOrderOf(seqio.DataSource):
         self, split: str, shuffle: bool, seed: int, shard_info: seqio.ShardInfo | None = None
     ) -> tf.data.Dataset:
         order: int | None = self._seed
-        if isinstance(self._source, seqio.FunctionDataSource):
-            # seqio refuses a seed where the function takes none: then it is read as it comes, and shuffled later.
-            if "seed" not in inspect.signature(self._source._dataset_fn).parameters:
-                shuffle, order = False, None
+        function = getattr(self._source, "_dataset_fn", None)  # of a `seqio.FunctionDataSource`
+        if function is not None and "seed" not in inspect.signature(function).parameters:
+            shuffle, order = False, None  # seqio would raise; the task's buffer still shuffles
         return self._source.get_dataset(split=split, shuffle=shuffle, seed=order, shard_info=shard_info)
 
 
-def _open(config: DatasetConfig, task: seqio.Task, shard: int, epoch: int) -> tf.data.Dataset:
+def _open(
+    task: seqio.Task, config: DatasetConfig, converter: FeatureConverter, shard: int, epoch: int
+) -> tf.data.Dataset:
     """One epoch of one task on one shard."""
     order, noise = _seed(config.seed, task.name, epoch), _seed(config.seed, task.name, epoch, shard)
-    cached = config.use_cached and task.supports_caching  # then the source is seqio's own, and gets the common seed
+    cached = config.use_cached and task.supports_caching
+    if cached or type(task) is not seqio.Task:
+        noise = order  # the source of a cache or a subclass cannot be replaced, so one seed must do for both
+    else:
+        task = task.replace(source=_Ordered(task.source, order))
     with _SEQIO_LOCK:
-        dataset = (task if cached else task.replace(source=_InOrderOf(task.source, order))).get_dataset(
+        dataset = task.get_dataset(
             sequence_length=dict(config.task_feature_lengths),
             split=config.split,
             use_cached=cached,
             shuffle=config.shuffle,
-            seed=order if cached else noise,
+            seed=noise,
             shard_info=seqio.ShardInfo(shard, config.num_shards),
             num_epochs=1,
-            try_in_mem_cache=False,  # each epoch is a new dataset: nothing would ever read the cache
+            try_in_mem_cache=False,  # it would be filled and never read, since each epoch is a new dataset
         )
+    for feature in converter.task_features:
+        spec = dataset.element_spec.get(feature)
+        if spec is None or not spec.dtype.is_integer or spec.shape.rank != 1:
+            raise UserError(
+                f"task {task.name!r} gives {feature!r} as {spec}; it must be a vector of token ids"
+            )
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False
@@ -450,28 +473,26 @@ def _open(config: DatasetConfig, task: seqio.Task, shard: int, epoch: int) -> tf
 def _examples_forever(
     task: seqio.Task, config: DatasetConfig, converter: FeatureConverter, shard: int, start: Sequence[int]
 ) -> Iterator[tuple[Example, list[int]]]:
-    """Examples of one task on one shard from `start` on, each with the [epoch, index] after it."""
+    """Examples of one task on one shard from [epoch, index] on, each with the [epoch, index] after it."""
     epoch, index = start
     while True:
-        dataset = _open(config, task, shard, epoch)
-        _check_features(task, dataset, converter)
-        for example in _unpadded(dataset.skip(index), converter.task_features):
+        dataset = _open(task, config, converter, shard, epoch).skip(index)
+        for example in _unpadded(dataset, converter.task_features):
             index += 1
             yield example, [epoch, index]
         if index == 0:
-            part = f", shard {shard} of {config.num_shards}" if config.num_shards > 1 else ""
-            raise UserError(f"{task.name!r} has no examples in its split {config.split!r}{part}")
+            raise _empty(task, config, f", shard {shard} of {config.num_shards}")
         epoch, index = epoch + 1, 0
 
 
 def _unpadded(dataset: tf.data.Dataset, features: Sequence[str]) -> Iterator[Example]:
-    """The token features of every example, without the zeros at their end; in chunks, which is ten times faster."""
-    chunks = dataset.map(lambda example: {name: example[name] for name in features}).padded_batch(_CHUNK).prefetch(1)
-    for chunk in chunks.as_numpy_iterator():
+    """The token features of each example without zeros at their end; chunks leave TensorFlow at once."""
+    vectors = dataset.map(lambda example: {name: example[name] for name in features})
+    for chunk in vectors.padded_batch(_CHUNK).prefetch(1).as_numpy_iterator():
         columns = []
         for tokens in chunk.values():
-            place = np.arange(1, tokens.shape[1] + 1)
-            sizes = np.where(tokens != 0, place, 0).max(axis=1, initial=0).tolist()
+            places = np.where(tokens != 0, np.arange(1, tokens.shape[1] + 1), 0)
+            sizes = places.max(axis=1, initial=0).tolist()
             columns.append([row[:size] for row, size in zip(tokens, sizes, strict=True)])
         for values in zip(*columns, strict=True):
             yield dict(zip(chunk, values, strict=True))

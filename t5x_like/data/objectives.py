@@ -1,11 +1,11 @@
 """Span corruption, T5's pre-training objective (Raffel et al. 2020, section 3.1.4).
 
-Spans of the text are cut out, each replaced by its own sentinel; the targets are the spans, each after its sentinel:
+Spans are cut out, each leaving a sentinel; the targets are the spans, each after its sentinel:
 
     Thank you <extra_id_0> me to your party <extra_id_1> .        inputs
     <extra_id_0> for inviting <extra_id_1> last week              targets
 
-Both then get an EOS. (The paper's figure closes the targets with one more sentinel; T5 was trained without it.)
+Both then get an EOS. (The paper's figure ends the targets with one more sentinel; T5 was trained without it.)
 """
 
 from collections.abc import Mapping
@@ -26,8 +26,8 @@ def span_corruption(
 ) -> tf.data.Dataset:
     """A seqio preprocessor from tokenised text to span-corrupted inputs and targets, without EOS.
 
-    Documents are joined and cut into chunks which, once corrupted, fill `sequence_length["inputs"]`. Where the noise
-    falls is a function of the example's seed alone.
+    Documents are joined and cut into chunks that fill `sequence_length["inputs"]` once corrupted. Where the
+    noise falls is a function of the example's seed alone.
 
     Args:
         dataset: examples with `targets`, `[length]` int32 token ids without EOS.
@@ -46,14 +46,13 @@ def span_corruption(
     if output_features["inputs"].vocabulary != vocabulary:
         raise UserError("span_corruption needs one vocabulary, but those of inputs and targets differ")
     raw_length = _raw_length(sequence_length, vocabulary.extra_ids, noise_density, mean_noise_span_length)
-    # One row per length of a chunk, so that the counts are those of `noise_counts` to the last bit.
-    counts = np.array(
-        [(0, 0)] + [noise_counts(n, noise_density, mean_noise_span_length) for n in range(1, raw_length + 1)], np.int32
-    )
+    # Looked up by the length of a chunk, so that TensorFlow rounds as `raw_length_and_targets` does.
+    lengths = range(1, raw_length + 1)
+    counts = np.array([noise_counts(n, noise_density, mean_noise_span_length) for n in lengths], np.int32)
 
     @seqio.map_over_dataset(num_seeds=2)
     def corrupt(tokens: tf.Tensor, seeds: tuple[tuple[tf.Tensor, tf.Tensor], ...]) -> dict[str, tf.Tensor]:
-        num_noise_tokens, num_spans = tf.unstack(tf.gather(counts, tf.size(tokens)))
+        num_noise_tokens, num_spans = tf.unstack(tf.gather(counts, tf.size(tokens) - 1))
         return corrupt_spans(tokens, num_noise_tokens, num_spans, vocabulary.vocab_size - 1, seeds)
 
     return corrupt(concatenate_and_split(dataset, "targets", raw_length))
@@ -62,7 +61,7 @@ def span_corruption(
 def raw_length_and_targets(
     inputs_length: int, noise_density: float = 0.15, mean_noise_span_length: float = 3.0
 ) -> tuple[int, int]:
-    """How many raw tokens fill `inputs_length` once corrupted, and how long their targets are; 512 gives (568, 114).
+    """The raw tokens that fill `inputs_length` once corrupted, and their targets' length: 512 -> (568, 114).
 
     Args:
         inputs_length: the most tokens of corrupted inputs, sentinels and EOS included.
@@ -95,7 +94,7 @@ def raw_length_and_targets(
 def noise_counts(length: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:
     """The number of noise tokens and of the spans they form, for a chunk of `length` >= 1 tokens.
 
-    At least one token is noise and, where there are two, at least one is not; every span follows a token that is not.
+    At least one token is noise and, of two or more, at least one is not: one that is not precedes each span.
     """
     num_noise_tokens = min(max(round(length * noise_density), 1), max(length - 1, 1))
     num_spans = min(round(num_noise_tokens / mean_noise_span_length), length - num_noise_tokens)
@@ -119,12 +118,12 @@ def corrupt_spans(
         seeds: two pairs of int64 scalars, for the lengths of the noise and of the text between it.
 
     Returns:
-        `inputs`, `[length - num_noise_tokens + num_spans]`, and `targets`, `[num_noise_tokens + num_spans]`, int32.
+        `inputs`, `[length - num_noise_tokens + num_spans]`, `targets`, `[num_noise_tokens + num_spans]`.
     """
     noise_lengths = random_segmentation(num_noise_tokens, num_spans, seeds[0])
     text_lengths = random_segmentation(tf.size(tokens) - num_noise_tokens, num_spans, seeds[1])
-    lengths = tf.reshape(tf.stack([text_lengths, noise_lengths], axis=1), [-1])  # text, noise, text, noise ...
-    segments = tf.RaggedTensor.from_row_lengths(tokens, lengths)
+    alternating = tf.reshape(tf.stack([text_lengths, noise_lengths], axis=1), [-1])
+    segments = tf.RaggedTensor.from_row_lengths(tokens, alternating)
     sentinels = (first_sentinel - tf.range(num_spans))[:, tf.newaxis]
     return {
         "inputs": tf.concat([segments[0::2], sentinels], axis=1).flat_values,
@@ -132,7 +131,9 @@ def corrupt_spans(
     }
 
 
-def random_segmentation(num_items: tf.Tensor, num_segments: tf.Tensor, seed: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+def random_segmentation(
+    num_items: tf.Tensor, num_segments: tf.Tensor, seed: tuple[tf.Tensor, tf.Tensor]
+) -> tf.Tensor:
     """Divides items into non-empty segments, every way to do so being equally likely.
 
     Args:
@@ -143,18 +144,17 @@ def random_segmentation(num_items: tf.Tensor, num_segments: tf.Tensor, seed: tup
     Returns:
         The lengths of the segments, `[num_segments]` int32, whose sum is `num_items`.
     """
-    is_boundary = tf.range(1, num_items) < num_segments  # num_segments - 1 of the num_items - 1 gaps ...
-    is_boundary = tf.random.experimental.stateless_shuffle(is_boundary, seed)  # ... anywhere
-    boundaries = tf.where(is_boundary)[:, 0] + 1
-    boundaries = tf.concat([[0], tf.cast(boundaries, tf.int32), [num_items]], axis=0)
+    # num_segments - 1 of the num_items - 1 gaps between items, drawn anywhere.
+    gaps = tf.random.experimental.stateless_shuffle(tf.range(1, tf.maximum(num_items, 1)), seed)
+    boundaries = tf.concat([[0], tf.sort(gaps[: num_segments - 1]), [num_items]], axis=0)
     return boundaries[1:] - boundaries[:-1]
 
 
 def concatenate_and_split(dataset: tf.data.Dataset, key: str, length: int) -> tf.data.Dataset:
     """Joins all documents in their order and cuts the stream every `length` tokens.
 
-    As in T5, nothing marks where documents meet. (T5 joins 128 documents at a time; here only the very last chunk is
-    shorter. It is kept, even if it has a single token: no token is lost.)
+    As in T5, nothing marks where documents meet. (T5 joins 128 documents at a time; here only the very last
+    chunk is shorter. It is kept, even if it has a single token: no token is lost.)
 
     Args:
         dataset: examples with `key`, `[document_length]` token ids.
@@ -164,25 +164,29 @@ def concatenate_and_split(dataset: tf.data.Dataset, key: str, length: int) -> tf
     Returns:
         A dataset of chunks, `[length]`.
     """
-    return dataset.map(lambda example: example[key], num_parallel_calls=tf.data.AUTOTUNE).unbatch().batch(length)
+    documents = dataset.map(lambda example: example[key], num_parallel_calls=tf.data.AUTOTUNE)
+    return documents.unbatch().batch(length)
 
 
 def _raw_length(
-    sequence_length: Mapping[str, int] | None, extra_ids: int, noise_density: float, mean_noise_span_length: float
+    sequence_length: Mapping[str, int] | None,
+    extra_ids: int,
+    noise_density: float,
+    mean_noise_span_length: float,
 ) -> int:
     if not sequence_length or "inputs" not in sequence_length or "targets" not in sequence_length:
-        raise UserError(f"span_corruption needs the lengths of inputs and targets, but was given {sequence_length}")
+        raise UserError(f"span_corruption needs the lengths of inputs and targets, not {sequence_length}")
     inputs_length = sequence_length["inputs"]
     raw_length, targets_length = raw_length_and_targets(inputs_length, noise_density, mean_noise_span_length)
     if sequence_length["targets"] < targets_length:
         raise UserError(
-            f"inputs of {inputs_length} tokens hold {raw_length} raw ones, whose targets need {targets_length} tokens; "
-            f"the length of targets is {sequence_length['targets']}: set it to {targets_length}"
+            f"inputs of {inputs_length} tokens stand for {raw_length} raw ones, whose targets need a length "
+            f"of {targets_length}; it is {sequence_length['targets']}"
         )
     _, num_spans = noise_counts(raw_length, noise_density, mean_noise_span_length)
     if num_spans > extra_ids:
         raise UserError(
-            f"inputs of {inputs_length} tokens need {num_spans} sentinels, but the vocabulary has {extra_ids}; "
-            "shorten the inputs, lengthen mean_noise_span_length, or build the vocabulary with more extra_ids"
+            f"inputs of {inputs_length} tokens need {num_spans} sentinels; the vocabulary has {extra_ids}: "
+            "shorten the inputs, raise mean_noise_span_length, or give the vocabulary more extra_ids"
         )
     return raw_length

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +15,7 @@ Row = Sequence[Example]
 """The examples that share one row of a batch; an empty row is all padding."""
 
 
+@runtime_checkable
 class FeatureConverter(Protocol):
     """What a family of networks reads: the task features it needs and the arrays it makes of them."""
 
@@ -43,7 +44,7 @@ class FeatureConverter(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoderFeatures:
-    """`inputs` go to the encoder, `targets` to the decoder; arrays as `seqio.EncDecFeatureConverter` makes them."""
+    """`inputs` for the encoder, `targets` for the decoder, laid out as by `seqio.EncDecFeatureConverter`."""
 
     task_features: ClassVar[tuple[str, ...]] = ("inputs", "targets")
 
@@ -60,8 +61,9 @@ class EncoderDecoderFeatures:
           packed: add `*_segment_ids` (1 for the first example of a row, 0 for padding) and `*_positions`.
 
         Returns:
-          int32 `[rows, length]`: `encoder_input_tokens`, `decoder_target_tokens`, `decoder_input_tokens` (targets
-          shifted right, each example starting from 0), `decoder_loss_weights` (1 on targets), and what `packed` adds.
+          int32 `[rows, length]`: `encoder_input_tokens`, `decoder_target_tokens`, `decoder_input_tokens`
+          (targets shifted right, each example starting with 0), `decoder_loss_weights` (1 on targets), and
+          what `packed` adds.
 
         Raises:
           ValueError: the examples of a row are longer than it, or several share a row that is not `packed`.
@@ -79,7 +81,7 @@ class EncoderDecoderFeatures:
         }
         if packed:
             batch |= {
-                # Position 0 is the start of an example, or padding: neither may see the end of the example before it.
+                # Position 0 starts an example or is padding: neither gets the end of the example before it.
                 "decoder_input_tokens": np.where(decoder.positions == 0, np.int32(0), shifted),
                 "encoder_segment_ids": encoder.segment_ids,
                 "encoder_positions": encoder.positions,
@@ -104,7 +106,8 @@ def pack(examples: Sequence[Example], lengths: Mapping[str, int]) -> list[list[i
     rows: list[list[int]] = []
     free = np.tile(room, (len(examples), 1))  # of every row that could be needed, opened or not
     for index, size in enumerate(np.minimum(sizes.reshape(-1, len(room)), room)):
-        row = int((free[: len(rows) + 1] >= size).all(axis=1).argmax())  # the next unopened row always has room
+        fits = (free[: len(rows) + 1] >= size).all(axis=1)  # always true of the last, which is not opened yet
+        row = int(fits.argmax())
         if row == len(rows):
             rows.append([])
         rows[row].append(index)
@@ -113,7 +116,7 @@ def pack(examples: Sequence[Example], lengths: Mapping[str, int]) -> list[list[i
 
 
 class _Layout(NamedTuple):
-    """One feature of all rows: its tokens, the example each belongs to (from 1) and its place in it (from 0)."""
+    """One feature of all rows: its tokens, the example each is of (from 1), and its place there (from 0)."""
 
     tokens: Int[np.ndarray, "rows length"]
     segment_ids: Int[np.ndarray, "rows length"]
@@ -124,18 +127,22 @@ def _lay_out(rows: Sequence[Row], feature: str, length: int) -> _Layout:
     """Writes `feature` of every row's examples one behind the other, all rows at once."""
     examples = [example[feature][:length] for row in rows for example in row]
     row_of_example = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    segment_of_example = np.array([segment for row in rows for segment in range(1, len(row) + 1)], dtype=int)
+    segment_of_example = np.array([place for row in rows for place in range(1, len(row) + 1)], dtype=int)
     sizes = np.array([len(example) for example in examples], dtype=int)
     row_sizes = np.bincount(row_of_example, weights=sizes, minlength=len(rows)).astype(int)
     if row_sizes.max(initial=0) > length:
-        raise ValueError(f"convert: a row holds {row_sizes.max()} tokens of {feature!r}, its length is {length}")
-
-    def start(of: np.ndarray) -> np.ndarray:
-        return np.cumsum(of) - of
-
-    row, column = np.repeat(row_of_example, sizes), np.arange(sizes.sum()) - np.repeat(start(row_sizes), row_sizes)
+        raise ValueError(
+            f"convert: {row_sizes.max()} tokens of {feature!r} in one row, whose length is {length}"
+        )
     layout = _Layout(*(np.zeros((len(rows), length), np.int32) for _ in _Layout._fields))
+    row = np.repeat(row_of_example, sizes)
+    column = _count_up(row_sizes)
     layout.tokens[row, column] = np.concatenate(examples) if examples else 0
     layout.segment_ids[row, column] = np.repeat(segment_of_example, sizes)
-    layout.positions[row, column] = np.arange(sizes.sum()) - np.repeat(start(sizes), sizes)
+    layout.positions[row, column] = _count_up(sizes)
     return layout
+
+
+def _count_up(sizes: np.ndarray) -> np.ndarray:
+    """0, 1, ... `size - 1` for each of `sizes`, joined: `[2, 3]` gives `[0, 1, 0, 1, 2]`."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)

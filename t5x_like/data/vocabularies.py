@@ -1,17 +1,17 @@
 """Text to token ids and back: SentencePiece pieces or bytes, with sentinels that no text can imitate.
 
 `seqio.SentencePieceVocabulary` adds its sentinels to the model as user-defined pieces, so a user who types
-`<extra_id_0>` gets a sentinel id. Here the model that encodes has no sentinels; only the one that decodes knows them.
+`<extra_id_0>` gets a sentinel id. Here the model that encodes has no sentinels, only the one that decodes.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import seqio
 import tensorflow as tf
 import tensorflow_text as tf_text
-from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -22,25 +22,25 @@ SHIPPED_MODEL = str(FILES / "sp_en_es_8k.model")
 
 
 def sentencepiece_vocabulary(path: str | None = None, extra_ids: int = 100) -> seqio.Vocabulary:
-    """A SentencePiece vocabulary with `extra_ids` sentinels above it; `<extra_id_0>` is the highest id, as in T5.
+    """SentencePiece pieces and, above them, `extra_ids` sentinels; `<extra_id_0>` is the last id, as in T5.
 
-    Models that hold sentinels of their own (mT5's, UMT5's) keep their ids: ask for as many as they hold.
+    Sentinels that end the model itself (as in mT5's) keep their ids: ask for as many as it has.
 
     Args:
         path: the model file, also a remote one (`gs://...`); None for the shipped English-Spanish model.
         extra_ids: number of sentinels.
 
     Raises:
-        UserError: if the file cannot be read, is no SentencePiece model, does not pad with id 0, or holds other sentinels.
+        UserError: if the file cannot be read, is no such model, has other sentinels, or does not pad with 0.
     """
     return SentencePieces(SHIPPED_MODEL if path is None else path, extra_ids)
 
 
 def byte_vocabulary(extra_ids: int = 125) -> seqio.Vocabulary:
-    """ByT5's vocabulary (Xue et al. 2022): padding 0, EOS 1, unknown 2, a byte is its value + 3, then the sentinels.
+    """ByT5's vocabulary (Xue et al. 2022): padding 0, EOS 1, unknown 2, bytes as their value + 3, sentinels.
 
-    With 125 sentinels there are 384 ids. The published ByT5 was pre-trained without extra ids: its sentinels are the
-    ids of the last bytes, 258 downwards.
+    With 125 sentinels there are 384 ids. The published ByT5 was pre-trained without them: in it the last
+    bytes, ids 258 downwards, stand for spans.
 
     Raises:
         UserError: if `extra_ids` is negative.
@@ -49,7 +49,7 @@ def byte_vocabulary(extra_ids: int = 125) -> seqio.Vocabulary:
 
 
 class SentencePieces(seqio.Vocabulary):
-    """A SentencePiece model and sentinels; equal to another one with the same model, wherever that file lies."""
+    """A SentencePiece model and sentinels; equal to any with the same model, wherever its file lies."""
 
     def __init__(self, path: str, extra_ids: int) -> None:
         super().__init__(extra_ids)
@@ -58,18 +58,22 @@ class SentencePieces(seqio.Vocabulary):
 
     @property
     def bos_id(self) -> int | None:
+        """Beginning of sequence; T5's models have none."""
         return _none_if_negative(self._model.encoder.bos_id())
 
     @property
     def eos_id(self) -> int | None:
+        """End of sequence: 1 in T5's models."""
         return _none_if_negative(self._model.encoder.eos_id())
 
     @property
     def unk_id(self) -> int | None:
+        """What no piece covers: 2 in T5's models."""
         return _none_if_negative(self._model.encoder.unk_id())
 
     @property
     def vocab_size(self) -> int:
+        """Pieces and sentinels."""
         return self._model.decoder.get_piece_size()
 
     @property
@@ -79,7 +83,7 @@ class SentencePieces(seqio.Vocabulary):
     def _encode(self, s: str) -> list[int]:
         return self._model.encoder.encode(s)
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[SupportsIndex]) -> str:
         return self._model.decoder.decode([int(i) for i in ids])
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
@@ -95,7 +99,8 @@ class SentencePieces(seqio.Vocabulary):
         return hash(self._model.decoder_proto)
 
     def __reduce__(self) -> tuple[type, tuple[str, int]]:
-        return SentencePieces, (self._path, self.extra_ids)  # gin deep-copies its arguments: copies share one model
+        # gin deep-copies its arguments: all copies share one loaded model.
+        return SentencePieces, (self._path, self.extra_ids)
 
     def __repr__(self) -> str:
         return f"SentencePieces({self._path!r}, extra_ids={self.extra_ids})"
@@ -112,13 +117,14 @@ class Bytes(seqio.ByteVocabulary):
 
     @property
     def vocab_size(self) -> int:
+        """Special ids, bytes and sentinels."""
         return len(self._surfaces)
 
     @property
     def _base_vocab_size(self) -> int:
         return self.vocab_size  # seqio decodes every id from here on as unknown
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[SupportsIndex]) -> str:
         return b"".join(self._surfaces[i] for i in ids).decode("utf-8", errors="ignore")
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
@@ -150,34 +156,37 @@ def _load(path: str, extra_ids: int) -> _Model:
     _check_extra_ids(extra_ids)
     try:
         with tf.io.gfile.GFile(path, "rb") as file:
-            proto = ModelProto.FromString(file.read())
-    except (tf.errors.OpError, DecodeError) as error:
+            content = file.read()
+        model = _processor(content)
+    except (tf.errors.OpError, RuntimeError) as error:
         raise UserError(f"cannot read the SentencePiece model {path!r}: {error}") from error
+    if model.pad_id() != seqio.vocabularies.PAD_ID:
+        raise UserError(f"the SentencePiece model {path!r} does not pad with id 0; train it with --pad_id=0")
+    proto = ModelProto.FromString(content)
     _remove_sentinels(proto, path, extra_ids)
     encoder_proto = proto.SerializeToString()
     for name in _sentinel_names(extra_ids):
         proto.pieces.add(piece=f"▁{name}", score=0.0, type=ModelProto.SentencePiece.USER_DEFINED)
     decoder_proto = proto.SerializeToString()
-    try:
-        encoder = SentencePieceProcessor(model_proto=encoder_proto)
-        decoder = SentencePieceProcessor(model_proto=decoder_proto)
-    except RuntimeError as error:
-        raise UserError(f"{path!r} is not a SentencePiece model: {error}") from error
-    if encoder.pad_id() != seqio.vocabularies.PAD_ID:
-        raise UserError(f"the SentencePiece model {path!r} does not pad with id 0; train it with --pad_id=0")
-    return _Model(encoder, decoder, encoder_proto, decoder_proto)
+    return _Model(_processor(encoder_proto), _processor(decoder_proto), encoder_proto, decoder_proto)
+
+
+def _processor(proto: bytes) -> SentencePieceProcessor:
+    processor = SentencePieceProcessor()
+    processor.LoadFromSerializedProto(proto)  # the constructor would take an empty file for no file
+    return processor
 
 
 def _remove_sentinels(proto: ModelProto, path: str, extra_ids: int) -> None:
-    """Takes off the sentinels a model ends with, which would else be encoded from text; they come back for decoding."""
-    found = []
+    """Takes off the sentinels that a model ends with, which text could become. Decoding gets them back."""
+    found: list[str] = []
     while proto.pieces and proto.pieces[-1].piece.removeprefix("▁").startswith("<extra_id_"):
         found.insert(0, proto.pieces[-1].piece.removeprefix("▁"))
         del proto.pieces[-1]
     if found and found != _sentinel_names(extra_ids):
         raise UserError(
-            f"the SentencePiece model {path!r} ends with {len(found)} sentinels, {found[0]} to {found[-1]}, where "
-            f"extra_ids={extra_ids} asks for <extra_id_{extra_ids - 1}> to <extra_id_0>; set extra_ids={len(found)}"
+            f"the SentencePiece model {path!r} ends with {len(found)} sentinels of its own, {found[0]} to "
+            f"{found[-1]}; extra_ids, now {extra_ids}, must be their number, and <extra_id_0> the last"
         )
 
 

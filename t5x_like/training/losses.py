@@ -25,10 +25,10 @@ def cross_entropy(
 ) -> TokenLoss:
     """Cross entropy from soft targets, plus T5's z-loss; all float32, whatever the logits are.
 
-    The soft target q is 1 - s on the target and s / (vocab - 1) elsewhere, where s is the label smoothing (Szegedy et
-    al. 2016, section 7, who give the target a share of s too). The entropy of q is subtracted, as T5X does, so that
-    the best prediction costs 0. The z-loss, z * log(Z)^2 with Z the softmax normaliser, keeps logits from drifting
-    (Mesh TensorFlow; Chowdhery et al. 2022, section 5: z = 1e-4).
+    The soft target q is 1 - s on the target and s / (vocab - 1) elsewhere, where s is the label smoothing
+    (Szegedy et al. 2016, section 7, who give the target a share of s too). The entropy of q is subtracted, as
+    T5X does, so that the best prediction costs 0. The z-loss, z * log(Z)^2 with Z the softmax normaliser,
+    keeps logits from drifting (Mesh TensorFlow; Chowdhery et al. 2022, section 5: z = 1e-4).
 
     Args:
         logits: any float dtype; -inf takes an entry out of the vocabulary (without label smoothing).
@@ -43,16 +43,20 @@ def cross_entropy(
         UserError: `label_smoothing` lies outside [0, 1).
     """
     if not 0.0 <= label_smoothing < 1.0:
-        raise UserError(f"label_smoothing is {label_smoothing}; it is a share of probability: give one in [0, 1)")
-    # Relative to the largest logit: at logits of 1e4 the absolute form loses three digits.
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)).astype(jnp.float32)
-    shifted = logits.astype(jnp.float32) - largest
+        raise UserError(
+            f"label_smoothing is {label_smoothing}; as a share of probability it must lie in [0, 1)"
+        )
+    logits = logits.astype(jnp.float32)
+    # Relative to the largest logit: at logits of 1e4 the plain form loses four digits.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    shifted = logits - largest
     log_normalizer = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
-    target = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
+    # Taken from `logits` though `shifted` holds it too: what is gathered from must lie in memory.
+    target = (jnp.take_along_axis(logits, targets[..., None], axis=-1) - largest)[..., 0]
 
     loss = log_normalizer - target
     if label_smoothing:
-        # -sum_i q_i log p_i without the one-hot q: q = low everywhere, and confidence - low more on the target.
+        # -sum_i q_i log p_i without q in memory: low everywhere, and confidence - low more on the target.
         others = logits.shape[-1] - 1
         confidence, low = 1.0 - label_smoothing, label_smoothing / others
         entropy = -confidence * math.log(confidence) - label_smoothing * math.log(low)

@@ -16,7 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol, Self, TextIO
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 from t5x_like import __version__
 from t5x_like.errors import UserError
@@ -88,7 +93,7 @@ class RunLog:
             ProgressBar(total_steps) if sys.stderr.isatty() else ProgressLines(total_steps)
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -124,21 +129,19 @@ class SilentRunLog(RunLog):
 
 
 class JsonlWriter:
-    """A JSON object per step: `{"step": 1, "loss": 5.2}`. NaN and infinities become null: JSON has neither."""
+    """A JSON object per step: `{"step": 1, "loss": 5.2}`. NaN and infinities become null."""
 
     def __init__(self, path: Path, last_step: int | None = None) -> None:
-        """Opens a file to append to, without its rows past `last_step` and those that a crash left unfinished."""
+        """Opens a file to append to, without its rows past `last_step` and those that a crash cut short."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [row for row in read_jsonl(path) if last_step is None or row["step"] <= last_step]
-            replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            kept = [row for row in read_jsonl(path) if last_step is None or row[0] <= last_step]
+            replace_text(path, "".join(_json_line(step, scalars) for step, scalars in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends a row."""
-        numbers = {name: float(value) for name, value in scalars.items()}
-        row = {"step": step} | {name: x if math.isfinite(x) else None for name, x in numbers.items()}
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(_json_line(step, {name: float(value) for name, value in scalars.items()}))
         self._file.flush()
 
     def close(self) -> None:
@@ -206,25 +209,22 @@ class WandbWriter:
 class ProgressBar:
     """A bar at the foot of the terminal, with step, loss, tokens/s, time left and time elapsed."""
 
-    def __init__(self, total_steps: int) -> None:
-        """Shows nothing yet: the bar appears with the first step."""
-        from rich import progress, table
-        from rich.console import Console
-
+    def __init__(self, total_steps: int, console: Console | None = None) -> None:
+        """Shows nothing yet: the bar appears with the first step, on `console` (standard error when None)."""
         self._pace = _Pace(total_steps)
-        self._bar = progress.Progress(
-            progress.BarColumn(bar_width=None, table_column=table.Column(ratio=1)),
-            progress.TextColumn("{task.description}", table_column=table.Column(no_wrap=True)),
-            progress.TimeElapsedColumn(),
-            console=Console(stderr=True),
+        self._bar = RichProgress(
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(),
+            console=console or Console(stderr=True),
             expand=True,
         )
         self._task = self._bar.add_task("", total=total_steps)
 
     def update(self, step: int, scalars: Mapping[str, float]) -> None:
         """Moves the bar."""
-        self._bar.start()
         self._bar.update(self._task, completed=step, description=self._pace.describe(step, scalars))
+        self._bar.start()
 
     def message(self, text: str) -> None:
         """Prints above the bar."""
@@ -241,13 +241,11 @@ class ProgressLines:
     def __init__(
         self,
         total_steps: int,
-        stream: TextIO | None = None,
         seconds_between_lines: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prints nothing yet; lines go to `stream` (standard error when None)."""
+        """Prints nothing yet; lines go to standard error."""
         self._total_steps = total_steps
-        self._stream = stream
         self._seconds = seconds_between_lines
         self._clock = clock
         self._pace = _Pace(total_steps, clock)
@@ -263,7 +261,7 @@ class ProgressLines:
 
     def message(self, text: str) -> None:
         """Prints a line at once."""
-        print(text, file=self._stream or sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Nothing to do."""
@@ -283,7 +281,7 @@ class NoProgress:
 
 
 class _Pace:
-    """Says how far a run has come; the time left is reckoned from the first report on,, after compilation."""
+    """Says how far a run is; the time left is reckoned from the first report on, so without compiling."""
 
     def __init__(self, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._total_steps = total_steps
@@ -304,15 +302,21 @@ class _Pace:
         )
 
 
-def read_jsonl(path: Path) -> list[dict[str, float]]:
-    """The rows of a `JsonlWriter` file, without any that a crash left unfinished."""
+def read_jsonl(path: Path) -> list[tuple[int, dict[str, float | None]]]:
+    """The steps and scalars that a `JsonlWriter` wrote, without a row that a crash cut short."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        rows.append((row.pop("step"), row))
     return rows
+
+
+def _json_line(step: int, scalars: Mapping[str, float | None]) -> str:
+    finite = {name: x if x is not None and math.isfinite(x) else None for name, x in scalars.items()}
+    return json.dumps({"step": step} | finite) + "\n"
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,4 +1,7 @@
-"""Learning-rate schedules: functions from the step, counted from 0, to a float32. Any optax schedule serves as well."""
+"""Learning-rate schedules: functions from the step, counted from 0, to float32; any of optax's will do too.
+
+`base` is the highest rate; `total_steps` counts the warm-up too. Impossible step numbers raise `UserError`.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +14,24 @@ from optax import Schedule
 from t5x_like.errors import UserError
 from t5x_like.typing import Scalar
 
-__all__ = ["Schedule", "constant", "cosine", "linear", "product", "rsqrt"]
+__all__ = ["Schedule", "constant", "cosine", "linear", "product", "relative_step", "rsqrt"]
 
 
 def rsqrt(base: float = 1.0, warmup_steps: int = 10_000) -> Schedule:
-    """T5's base / sqrt(max(step, warmup_steps)): level at first, then falling (Raffel et al. 2020, section 3.1.2)."""
+    """T5's base / sqrt(max(step, warmup_steps)): level, then falling (Raffel et al. 2020, section 3.1.2).
+
+    Here alone `base` is no rate: the highest rate is base / sqrt(warmup_steps), by default 0.01.
+    """
     if warmup_steps < 1:
-        raise UserError(f"rsqrt.warmup_steps is {warmup_steps}, but the rate starts at base / sqrt(warmup_steps): give >= 1")
+        raise UserError(
+            f"rsqrt.warmup_steps is {warmup_steps}; the rate starts at base / sqrt(warmup_steps): give >= 1"
+        )
     return _in_float32(lambda step: base / jnp.sqrt(jnp.maximum(step, warmup_steps)))
+
+
+def relative_step() -> Schedule:
+    """Adafactor's own min(1e-2, 1 / sqrt(step + 1)) (Shazeer and Stern 2018, algorithm 6)."""
+    return _in_float32(lambda step: jnp.minimum(1e-2, 1.0 / jnp.sqrt(step + 1.0)))
 
 
 def constant(base: float, warmup_steps: int = 0) -> Schedule:
@@ -27,7 +40,7 @@ def constant(base: float, warmup_steps: int = 0) -> Schedule:
 
 
 def linear(base: float, total_steps: int, warmup_steps: int = 0, end: float = 0.0) -> Schedule:
-    """A linear rise from 0 to `base` over `warmup_steps`, then a linear fall to `end` at `total_steps`, where it stays."""
+    """A linear rise from 0 to `base` over `warmup_steps`, then a linear fall to `end` at `total_steps`."""
     decay_steps = _decay_steps("linear", total_steps, warmup_steps)
     return _after_warmup(base, warmup_steps, optax.linear_schedule(base, end, decay_steps))
 
@@ -41,7 +54,7 @@ def cosine(base: float, total_steps: int, warmup_steps: int = 0, end: float = 0.
 def product(factors: Sequence[Schedule]) -> Schedule:
     """The product of schedules.
 
-    T5X's `constant * linear_warmup * rsqrt_decay` is `product((constant(base, warmup_steps), rsqrt(1.0, warmup_steps)))`.
+    T5X's `constant * linear_warmup * rsqrt_decay` is `product((constant(base, warmup), rsqrt(1.0, warmup)))`.
     """
     return _in_float32(lambda step: math.prod(jnp.asarray(factor(step), jnp.float32) for factor in factors))
 
@@ -56,8 +69,8 @@ def _after_warmup(base: float, warmup_steps: int, schedule: Schedule) -> Schedul
 def _decay_steps(schedule: str, total_steps: int, warmup_steps: int) -> int:
     if not 0 <= warmup_steps < total_steps:
         raise UserError(
-            f"{schedule}: warmup_steps is {warmup_steps} and total_steps is {total_steps}; total_steps counts the"
-            " warm-up too, so it must be the larger"
+            f"{schedule}: warmup_steps is {warmup_steps} and total_steps is {total_steps},"
+            " which counts the warm-up too and must be the larger"
         )
     return total_steps - warmup_steps
 

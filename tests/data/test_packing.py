@@ -27,7 +27,9 @@ def seqio_rows(examples: list[Example], lengths: dict[str, int], pack: bool) -> 
         lambda: iter(examples),
         output_signature={name: tf.TensorSpec([None], tf.int32) for name in ("inputs", "targets")},
     )
-    converter = seqio.EncDecFeatureConverter(pack=pack, apply_length_check=False)  # the check forbids what it trims
+    converter = seqio.EncDecFeatureConverter(
+        pack=pack, apply_length_check=False
+    )  # trims, and forbids, the same
     rows = list(converter(dataset, lengths).as_numpy_iterator())
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -87,16 +89,23 @@ def test_an_example_joins_the_first_row_with_room_for_all_its_features() -> None
 
 @settings(deadline=None, max_examples=60, database=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=40), st.integers(1, 25), st.integers(1, 25)
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=40),
+    st.integers(1, 25),
+    st.integers(1, 25),
 )
-def test_no_example_is_lost_split_or_mixed_up(sizes: list[tuple[int, int]], inputs: int, targets: int) -> None:
+def test_no_example_is_lost_split_or_mixed_up(
+    sizes: list[tuple[int, int]], inputs: int, targets: int
+) -> None:
     examples, lengths = random_examples(sizes), {"inputs": inputs, "targets": targets}
     groups = CONVERTER.pack(examples, lengths)
 
     naive: list[list[int]] = []
     for index, item in enumerate(examples):
         for group in naive:
-            if all(sum(len(examples[i][f][:n]) for i in group) + len(item[f][:n]) <= n for f, n in lengths.items()):
+            if all(
+                sum(len(examples[i][f][:n]) for i in group) + len(item[f][:n]) <= n
+                for f, n in lengths.items()
+            ):
                 group.append(index)
                 break
         else:
@@ -112,7 +121,9 @@ def test_no_example_is_lost_split_or_mixed_up(sizes: list[tuple[int, int]], inpu
                 place = segments[row] == segment
                 expected = examples[index][feature][: lengths[feature]]
                 np.testing.assert_array_equal(tokens_of_rows[row][place], expected)
-                np.testing.assert_array_equal(batch[f"{prefix}_positions"][row][place], np.arange(len(expected)))
+                np.testing.assert_array_equal(
+                    batch[f"{prefix}_positions"][row][place], np.arange(len(expected))
+                )
                 if feature == "targets":
                     shifted = [0, *expected[:-1]] if len(expected) else []
                     np.testing.assert_array_equal(batch["decoder_input_tokens"][row][place], shifted)
@@ -121,7 +132,7 @@ def test_no_example_is_lost_split_or_mixed_up(sizes: list[tuple[int, int]], inpu
 
 def test_rows_that_do_not_fit_are_refused() -> None:
     pair = random_examples([(3, 2), (3, 2)])
-    with pytest.raises(ValueError, match="a row holds 6 tokens of 'inputs', its length is 5"):
+    with pytest.raises(ValueError, match="6 tokens of 'inputs' in one row, whose length is 5"):
         CONVERTER.convert([pair], {"inputs": 5, "targets": 5}, packed=True)
     with pytest.raises(ValueError, match="several examples share a row; pass packed=True"):
         CONVERTER.convert([pair], {"inputs": 9, "targets": 9}, packed=False)

@@ -1,12 +1,10 @@
 """A network whose cache is nothing but what it was fed, and plain Python searches over it as oracles."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from t5x_like.decoding.contract import Decoded, DecodeFn, Stepper
 
@@ -63,8 +61,22 @@ class ToyNetwork:
             self.stepper, self.cache(examples), jnp.asarray(prompt, jnp.int32), self.max_length, EOS, key
         )
 
+    def counted_stepper(self) -> tuple[Stepper, list[int]]:
+        """The stepper, and a list in which it writes down the position of every step it takes."""
+        positions: list[int] = []
+
+        def step(
+            cache: dict[str, jax.Array], tokens: jax.Array, position: jax.Array
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            jax.debug.callback(lambda at: positions.append(int(at)), position, ordered=True)
+            return self._step(cache, tokens, position)
+
+        return self.stepper._replace(step=step), positions
+
     def logits(self, example: int, fed: list[int]) -> np.ndarray:
-        context = sum((token + 1) * weight for token, weight in zip(fed, self._weights.tolist(), strict=False))
+        context = sum(
+            (token + 1) * weight for token, weight in zip(fed, self._weights.tolist(), strict=False)
+        )
         return self.table[example, context % self.table.shape[1]]
 
     def log_probs(self, example: int, fed: list[int]) -> np.ndarray:
@@ -148,19 +160,3 @@ def every_hypothesis(network: ToyNetwork, example: int, alpha: float) -> list[Hy
 
     grow(0.0, [])
     return sorted(found, key=lambda hypothesis: -hypothesis[0])
-
-
-@pytest.fixture
-def counted_steps() -> Callable[[Stepper], tuple[Stepper, list[int]]]:
-    """Wraps a stepper so that it writes down the position of every step taken."""
-
-    def wrap(stepper: Stepper) -> tuple[Stepper, list[int]]:
-        positions: list[int] = []
-
-        def step(cache: object, tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, object]:
-            jax.debug.callback(lambda at: positions.append(int(at)), position)
-            return stepper.step(cache, tokens, position)
-
-        return stepper._replace(step=step), positions
-
-    return wrap

@@ -1,0 +1,177 @@
+"""`t5x_like train`: trains a model, or goes on where it stopped."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from t5x_like import gin_config
+from t5x_like.checkpoints.manager import CheckpointPolicy, Checkpoints
+from t5x_like.checkpoints.restore import RestoreFrom
+from t5x_like.commands import dry_run as dry
+from t5x_like.commands import run_folder
+from t5x_like.data.loader import DatasetConfig, Position, TrainLoader
+from t5x_like.layers.linear import default_dtype
+from t5x_like.models.contract import Model
+from t5x_like.models.predictor import Predictor
+from t5x_like.sharding import Partitioner, check_divisible
+from t5x_like.training import train_state
+from t5x_like.training.evaluation import EarlyStopping, Evaluator, write_rows
+from t5x_like.training.flops import matmul_flops, matmul_peak
+from t5x_like.training.optimizers import ema_params
+from t5x_like.training.report import write_report
+from t5x_like.training.run_log import RunLog, SilentRunLog, read_evaluations, write_run_json
+from t5x_like.training.step import TrainStep
+from t5x_like.training.train_state import TrainState
+from t5x_like.training.trainer import Monitor, Progress, Trainer
+
+
+def train(
+    *,
+    model_dir: str,
+    model: Model,
+    dataset: DatasetConfig,
+    trainer: Trainer,
+    evaluator: Evaluator | None = None,
+    eval_period: int = 1000,
+    checkpoints: CheckpointPolicy = CheckpointPolicy(),
+    partitioner: Partitioner | None = None,
+    restore: RestoreFrom | None = None,
+    early_stopping: EarlyStopping | None = None,
+    wandb_project: str | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Trains until `trainer.train_steps`; the same command in the same folder goes on bitwise as if never stopped.
+
+    Args:
+      model_dir: the run's folder; everything is written here.
+      model: what to train.
+      dataset: what on.
+      trainer: how, and how long.
+      evaluator: what to evaluate, every `eval_period` steps and at the end; None evaluates nothing.
+      eval_period: steps.
+      checkpoints: when to save and what to keep.
+      partitioner: the mesh and its rules; None uses all devices, data parallel.
+      restore: another run's parameters to start from.
+      early_stopping: ends the run when evaluation no longer gets better.
+      wandb_project: also report to this Weights & Biases project (extra `wandb`).
+      dry_run: print what would be trained, and train nothing.
+
+    Raises:
+      UserError: what was asked for does not fit together, or does not fit what the folder holds.
+      RunFailed: loss or gradient was not finite too often.
+    """
+    partitioner = partitioner or Partitioner()
+    config = gin_config.operative_config()
+    if dry_run:
+        return dry.print_plan(config, model, dataset, trainer, partitioner)
+    run_folder.check_config(model_dir, config)
+    loader = TrainLoader(dataset, model.converter, jax.process_index(), jax.process_count())
+    batch = run_folder.example_batch(model, dataset, dataset.batch_size)
+    batch_sharding = partitioner.sharding("batch")
+    check_divisible({name: x.shape for name, x in batch.items()}, dict.fromkeys(batch, batch_sharding))
+    shardings = train_state.state_shardings(model, trainer.optimizer, batch, partitioner)
+
+    with Checkpoints(Path(model_dir) / "checkpoints", checkpoints) as saved:
+        restored = saved.restore_latest(train_state.abstract(model, trainer.optimizer, batch, shardings))
+        position: Position | None = None
+        if restored is None:
+            state = train_state.create_sharded(model, trainer.optimizer, batch, trainer.seed, partitioner)
+            if restore is not None:
+                state = state._replace(params=restore(state.params))
+        else:
+            state, position = restored.state, restored.position
+        with _open_log(model_dir, trainer, int(state.step), wandb_project) as log:
+            if jax.process_index() == 0:
+                run_folder.write_config(model_dir, config)
+                write_run_json(model_dir, _facts(state, partitioner, trainer, dataset))
+            for warning in restored.warnings if restored else ():
+                log.message(f"stepped over {warning}")
+            log.message(f"{'resumed at' if restored else 'starting from'} step {int(state.step)} in {model_dir}")
+            hooks = [SaveHook(saved, checkpoints.save_period)]
+            if evaluator is not None:
+                evaluation = EvaluationHook(
+                    evaluator, Predictor(model, partitioner), eval_period, model_dir, log, early_stopping
+                )
+                hooks = [evaluation, dataclasses.replace(hooks[0], evaluation=evaluation)]
+            flops = 3 * matmul_flops(lambda p, b: model.loss(p, b).loss.total, state.params, batch)
+            peak = matmul_peak(default_dtype()) * run_folder.matmul_devices()
+            monitor = Monitor(trainer, log, model_dir, flops, peak)
+            step = TrainStep(model, trainer.optimizer, trainer.seed, trainer.microbatches)
+            state = trainer.fit(
+                state, step.compiled(partitioner, shardings), loader.batches(position), batch_sharding, monitor, hooks
+            )
+            log.message(f"step {int(state.step)} of {trainer.train_steps}; the run's folder is {model_dir}")
+    if jax.process_index() == 0:
+        write_report(model_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationHook:
+    """Evaluates every so often, and says when to stop."""
+
+    evaluator: Evaluator
+    predictor: Predictor
+    period: int
+    model_dir: str
+    log: RunLog
+    early_stopping: EarlyStopping | None = None
+    history: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.history.update(read_evaluations(self.model_dir))
+
+    def __call__(self, progress: Progress) -> bool:
+        """See `training.trainer.Hook`."""
+        due = progress.step % self.period == 0 or progress.last
+        if not due or progress.interrupted:
+            return False
+        params = ema_params(progress.state.opt_state)
+        self.history[progress.step] = {}
+        for result in self.evaluator.run(self.predictor, progress.state.params if params is None else params):
+            self.log.evaluation(progress.step, result.task, result.metrics)
+            self.history[progress.step] |= {f"{result.task}/{name}": value for name, value in result.metrics.items()}
+            if jax.process_index() == 0:
+                write_rows(self.model_dir, progress.step, result)
+        stop = self.early_stopping is not None and self.early_stopping.should_stop(self.history)
+        if stop:
+            self.log.message(f"step {progress.step}: {self.early_stopping.metric} no longer gets better; stopping early")
+        return stop
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveHook:
+    """Saves every so often, at the end, and when the run is interrupted."""
+
+    checkpoints: Checkpoints
+    period: int
+    evaluation: EvaluationHook | None = None
+
+    def __call__(self, progress: Progress) -> bool:
+        """See `training.trainer.Hook`."""
+        if progress.step % self.period == 0 or progress.last:
+            metrics = self.evaluation.history.get(progress.step) if self.evaluation else None
+            self.checkpoints.save(progress.step, progress.state, progress.position, metrics)
+        return False
+
+
+def _open_log(model_dir: str, trainer: Trainer, step: int, wandb_project: str | None) -> RunLog:
+    if jax.process_index() != 0:
+        return SilentRunLog()
+    return RunLog(model_dir, trainer.train_steps, step, wandb_project)
+
+
+def _facts(
+    state: TrainState, partitioner: Partitioner, trainer: Trainer, dataset: DatasetConfig
+) -> Mapping[str, object]:
+    return {
+        "parameters": train_state.count_parameters(state.params),
+        "mesh": {name: int(size) for name, size in partitioner.mesh.shape.items()},
+        "device_kind": jax.devices()[0].device_kind,
+        "processes": jax.process_count(),
+        "seeds": {"trainer": trainer.seed, "dataset": dataset.seed},
+        "resumed_step": int(state.step),
+    }
+
+

@@ -1,0 +1,35 @@
+import pytest
+import tensorflow as tf
+
+from t5x_like.data import preprocessors
+
+VERSES = tf.data.Dataset.from_tensor_slices(
+    {"id": ["Gen.1.3"], "english": ["Let there be light"], "spanish": ["Sea la luz: ¡así!"]}
+)
+
+
+def rows(dataset: tf.data.Dataset) -> list[dict[str, str]]:
+    return [{key: value.decode() for key, value in row.items()} for row in dataset.as_numpy_iterator()]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "inputs", "targets"),
+    [
+        ("English", "Spanish", "translate English to Spanish: Let there be light", "Sea la luz: ¡así!"),
+        ("Spanish", "English", "translate Spanish to English: Sea la luz: ¡así!", "Let there be light"),
+    ],
+)
+def test_translation_has_t5s_prefix(source: str, target: str, inputs: str, targets: str) -> None:
+    assert rows(preprocessors.translate(VERSES, source, target)) == [{"inputs": inputs, "targets": targets}]
+
+
+def test_classification_joins_the_fields_after_the_prefix() -> None:
+    senses = tf.data.Dataset.from_tensor_slices(
+        {"word": ["elk"], "definition": ["large northern deer"], "supersense": ["animal"]}
+    )
+    classified = preprocessors.classify(senses, "supersense", ("word", "definition"), "supersense")
+    assert rows(classified) == [{"inputs": "supersense: elk: large northern deer", "targets": "animal"}]
+
+
+def test_language_modelling_keeps_the_text_alone() -> None:
+    assert rows(preprocessors.language_modelling(VERSES, "english")) == [{"targets": "Let there be light"}]

@@ -1,0 +1,105 @@
+"""Cross entropy against a naive one-hot NumPy form in float64, by hand, and where floats are at their limits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_like.errors import UserError
+from t5x_like.training.losses import cross_entropy
+
+
+def naive(logits, targets, label_smoothing, z_loss):
+    """T5X's definition with its one-hot targets: (loss, z-loss, gradient of the summed loss)."""
+    logits = np.asarray(logits, np.float64)
+    vocab = logits.shape[-1]
+    low = label_smoothing / (vocab - 1)
+    soft = np.where(np.eye(vocab, dtype=bool)[targets], 1 - label_smoothing, low)
+    largest = logits.max(-1, keepdims=True)
+    log_z = largest + np.log(np.exp(logits - largest).sum(-1, keepdims=True))
+    perfect = -sum(p * np.log(p) for p in [1 - label_smoothing] + [low] * (vocab - 1) if p > 0)
+    z_losses = z_loss * log_z[..., 0] ** 2
+    loss = -(soft * (logits - log_z)).sum(-1) - perfect + z_losses
+    return loss, z_losses, (1 + 2 * z_loss * log_z) * np.exp(logits - log_z) - soft
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_agrees_with_one_hot_form(label_smoothing, z_loss):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (2, 5, 11)).astype(np.float32)
+    targets = rng.integers(0, 11, (2, 5))
+    loss, z_losses, gradient = naive(logits, targets, label_smoothing, z_loss)
+
+    def total(x):
+        result = cross_entropy(x, jnp.asarray(targets), label_smoothing, z_loss)
+        return result.loss.sum(), result
+
+    (_, result), grad = jax.jit(jax.value_and_grad(total, has_aux=True))(jnp.asarray(logits))
+    np.testing.assert_allclose(result.loss, loss, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(result.z_loss, z_losses, rtol=1e-6)
+    np.testing.assert_allclose(grad, gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_by_hand():
+    # softmax (1/4, 3/4), log Z = log 4: loss of the second entry log(4/3), z-loss (log 4)^2 / 10.
+    result = cross_entropy(jnp.log(jnp.array([[1.0, 3.0]])), jnp.array([1]), z_loss=0.1)
+    np.testing.assert_allclose(result.z_loss, [0.19218121], rtol=1e-6)
+    np.testing.assert_allclose(result.loss, [0.28768207 + 0.19218121], rtol=1e-6)
+
+
+def test_best_smoothed_prediction_costs_nothing():
+    best = jnp.log(jnp.array([0.05, 0.05, 0.85, 0.05]))
+    loss = cross_entropy(best, jnp.array(2), label_smoothing=0.15).loss
+    np.testing.assert_allclose(loss, 0.0, atol=1e-6)
+
+
+def test_huge_logits():
+    # Exact in float64: 20000 where the target is lowest, log 2 where two are highest, 0 where it is highest alone.
+    logits = jnp.array([[1e4, -1e4, 0.0], [1e4, 1e4, -1e4], [-1e4, -1e4, 1e4]])
+    targets = jnp.array([1, 0, 2])
+    loss = cross_entropy(logits, targets, z_loss=1e-4)
+    np.testing.assert_allclose(loss.z_loss, [1e4, 1e4 + 2 * 0.6931472, 1e4], rtol=1e-6)
+    np.testing.assert_allclose(cross_entropy(logits, targets).loss, [2e4, 0.6931472, 0.0], rtol=1e-7)
+    grad = jax.grad(lambda x: cross_entropy(x, targets).loss.sum())(logits)
+    np.testing.assert_array_equal(grad, [[1.0, -1.0, 0.0], [-0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])
+
+
+def test_bfloat16_logits_are_upcast():
+    logits = jnp.asarray(np.random.default_rng(1).normal(0, 3, (4, 300)), jnp.bfloat16)
+    logits = logits.at[0, 0].set(18.0)  # p = 0.9995, which bfloat16 cannot tell from 1: its gradient must not be 0
+    targets = jnp.array([0, 7, 42, 299])
+    expected, expected_z, expected_grad = naive(logits.astype(jnp.float32), np.asarray(targets), 0.1, 1e-2)
+    result = cross_entropy(logits, targets, 0.1, 1e-2)
+    assert result.loss.dtype == result.z_loss.dtype == jnp.float32
+    np.testing.assert_allclose(result.loss, expected, rtol=2e-6)
+    np.testing.assert_allclose(result.z_loss, expected_z, rtol=1e-6)
+    grad = jax.grad(lambda x: cross_entropy(x, targets, 0.1, 1e-2).loss.sum())(logits)
+    assert grad.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(grad, np.float32), expected_grad, rtol=2**-8, atol=1e-7)
+
+
+def test_removed_entries_and_foreign_targets():
+    logits = jnp.array([[0.0, -jnp.inf, 0.0], [0.0, 0.0, 0.0]])
+    loss = cross_entropy(logits, jnp.array([2, 3])).loss
+    np.testing.assert_allclose(loss[0], 0.6931472, rtol=1e-6)
+    assert np.isnan(loss[1])  # 3 is not in a vocabulary of 3: it must not pass for a number
+    grad = jax.grad(lambda x: cross_entropy(x, jnp.array([2, 2])).loss[0])(logits)
+    np.testing.assert_allclose(grad[0], [0.5, 0.0, -0.5], rtol=1e-6)
+
+
+def test_needs_one_buffer_of_the_logits_size():
+    """The gradient itself; one-hot targets, or shifted logits kept for the gradient, would be another."""
+    logits = jax.ShapeDtypeStruct((4, 32, 4096), jnp.float32)
+    targets = jax.ShapeDtypeStruct((4, 32), jnp.int32)
+    step = jax.jit(jax.value_and_grad(lambda x, t: cross_entropy(x, t, z_loss=1e-4).loss.sum()))
+    memory = step.lower(logits, targets).compile().memory_analysis()
+    size = 4 * 32 * 4096 * 4
+    assert memory.output_size_in_bytes < 1.1 * size
+    assert memory.temp_size_in_bytes < 0.1 * size
+
+
+@pytest.mark.parametrize("label_smoothing", [-0.1, 1.0])
+def test_refuses_impossible_smoothing(label_smoothing):
+    with pytest.raises(UserError, match=f"label_smoothing is {label_smoothing}"):
+        cross_entropy(jnp.zeros((1, 2)), jnp.array([0]), label_smoothing)
