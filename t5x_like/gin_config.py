@@ -1,12 +1,12 @@
 """Gin files without surprises: every mistake is a `UserError` with file:line and the nearest right name.
 
-The language is plain gin's, read by gin's own parser, and a file accepted here means the same to plain gin (the tests
-compare the two). Gin's run time is not used: it keeps one config for the whole process, so that loading a second one
-silently changes functions built from the first; it ignores what nothing reads; and its errors come without a place.
-Here a config is a value: `load` reads, imports and checks, `run` builds and calls.
+The language is plain gin's, read by gin's own parser, and means what it means to plain gin (tests compare).
+Gin's run time is not used: it has one config for the whole process, so that loading a second one changes the
+functions built from the first; it ignores what nothing reads; its errors do not say where. Here a config is a
+value: `load` reads, imports and checks, `run` builds and calls.
 
-One thing differs from plain gin, on purpose: a function that is passed on uncalled (`@fn`, no parentheses) takes its
-bindings along from where it is passed, instead of looking them up again in the scope of whoever calls it.
+One thing differs, on purpose: a function that is passed on uncalled (`@fn`, no parentheses) takes its
+bindings along, instead of looking them up in the scope of whoever calls it later.
 """
 
 import contextvars
@@ -24,27 +24,26 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from gin import config_parser
 
 from t5x_like.errors import UserError
 
 ALLOWED_PACKAGES = frozenset({"t5x_like", "seqio", "jax", "flax", "optax", "orbax"})
-STANDARD_MACROS = (
-    "MODEL MIXTURE_OR_TASK_NAME TASK_FEATURE_LENGTHS TRAIN_STEPS BATCH_SIZE MODEL_DIR DROPOUT_RATE VOCABULARY "
-    "SAVE_PERIOD EVAL_PERIOD SEED"
-).split()
-"""A file may define these for runs that do not use them; any other macro, or one on the command line, must be used."""
+STANDARD_MACROS = frozenset(
+    {"MODEL", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS", "TRAIN_STEPS", "BATCH_SIZE", "MODEL_DIR"}
+    | {"DROPOUT_RATE", "VOCABULARY", "SAVE_PERIOD", "EVAL_PERIOD", "SEED"}
+)
+"""Files may define these for runs that do not use them; any other, or on the command line, must be used."""
 
 _MACRO = "gin.macro"
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """`@scope/name` or, if called, `@scope/name()`; without a scope, that of the place where it stands applies.
+    """`@scope/name` or, if called, `@scope/name()`; without a scope, that of where it stands applies.
 
-    As in gin, `%NAME` is a call of the function `gin.macro(value)` in scope NAME, and `NAME = 1` binds `value` there.
+    As in gin, `%NAME` calls a function `gin.macro(value)` in scope NAME; `NAME = 1` binds its value there.
     """
 
     scope: str
@@ -60,7 +59,7 @@ class Reference:
         return f"{self.scope}/{self.name}".removeprefix("/").removesuffix(f"/{_MACRO}")
 
 
-class Binding(NamedTuple):
+class Binding(typing.NamedTuple):
     """A value and where it was written."""
 
     value: object
@@ -74,70 +73,46 @@ class Call:
     target: Callable[..., object]
     reference: Reference
     location: str
-    arguments: Mapping[str, object]
-
-    def __repr__(self) -> str:
-        return repr(self.reference)
+    arguments: dict[str, object]
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedConfig:
-    """What `load` found to be right and `run` takes.
-
-    Attributes:
-      command: the function to run.
-      bindings: by scope and name of a function, then by parameter; later files have overridden earlier ones.
-      targets: functions and classes by name.
-    """
+    """What `load` found to be right and `run` takes."""
 
     command: Reference
-    bindings: Mapping[tuple[str, str], Mapping[str, Binding]]
-    targets: Mapping[str, Callable[..., object]]
+    bindings: Mapping[tuple[str, str], Mapping[str, Binding]]  # by scope and name of a function, by parameter
+    targets: Mapping[str, Callable[..., object]]  # functions and classes by name
 
     def bound(self, reference: Reference) -> dict[str, Binding]:
-        """What a function gets: bindings in scope `a/b` override those in `a`, and these the ones without a scope."""
-        bound: dict[str, Binding] = {}
-        for scope in _outer_scopes(reference.scope):
-            bound |= self.bindings.get((scope, reference.name), {})
-        return bound
+        """What a function gets: the scope `a/b` overrides `a`, which overrides no scope."""
+        layers = (self.bindings.get((scope, reference.name), {}) for scope in _outer_scopes(reference.scope))
+        return {name: binding for layer in layers for name, binding in layer.items()}
 
     def operative_config(self) -> str:
-        """A gin file that runs as it is: what the command leads to, and the defaults of all that is called."""
+        """A gin file that runs as it is: what the command leads to, and defaults of all that is called."""
         calls = _follow(self, [self.command])
-        aliases: dict[str, str] = {}
-        for module in sorted({_module(call.reference.name) for call in calls} - {""}):
-            last = module.rpartition(".")[2]
-            aliases[module] = module.replace(".", "_") if last in aliases.values() else last
-
-        def local(name: str) -> str:
-            return aliases[_module(name)] + name.removeprefix(_module(name))
-
-        macros: dict[str, object] = {}
-        blocks: dict[str, dict[str, object]] = {}
+        modules = sorted({_module(call.reference.name) for call in calls} - {"gin"})
+        tails = [_tail(module, 1) for module in modules]
+        aliases = {m: _tail(m, 1) if tails.count(_tail(m, 1)) == 1 else m.replace(".", "_") for m in modules}
+        local = functools.partial(_rename, lambda n: aliases[_module(n)] + n.removeprefix(_module(n)))
+        settings: dict[str, object] = {}
         for call in calls:
             for scope in _outer_scopes(call.reference.scope):
-                owner = _rename(local, dataclasses.replace(call.reference, scope=scope))
-                block = macros if owner.name == _MACRO else blocks.setdefault(owner.key, {})
-                if call.reference.called and not scope:
-                    block |= _defaults(call.target)
-                for name, binding in self.bindings.get((scope, call.reference.name), {}).items():
-                    value = _map(functools.partial(_rename, local), binding.value)
-                    block[scope if block is macros else name] = value
+                owner = local(dataclasses.replace(call.reference, scope=scope))
+                bound = {n: b.value for n, b in self.bindings.get((scope, call.reference.name), {}).items()}
+                defaults = _defaults(call.target) if call.reference.called and not scope else {}
+                for name, value in (defaults | bound).items():
+                    key = owner.key if owner.name == _MACRO else f"{owner.key}.{name}"
+                    settings[key] = _map(local, value)
 
-        def lines(block: Mapping[str, object], indent: str) -> list[str]:
-            text = functools.partial(pprint.pformat, width=100, sort_dicts=False)
-            return [f"{indent}{name} = {text(value)}" for name, value in sorted(block.items())]
-
-        result = ["from __gin__ import dynamic_registration"]
-        for module, alias in aliases.items():
-            parent, _, last = module.rpartition(".")
-            result.append(
-                f"{f'from {parent} ' * bool(parent)}import {last}{f' as {alias}' * (alias != last)}"
-            )
-        result += ["", *lines(macros, "")]
-        for key, block in sorted(blocks.items()):
-            result += ["", f"{key}:", *lines(block, "  ")] if block else []
-        return "\n".join(result) + "\n"
+        lines = ["from __gin__ import dynamic_registration"]
+        lines += [f"import {module}" + f" as {alias}" * (alias != module) for module, alias in aliases.items()]
+        group = None
+        for key, value in sorted(settings.items(), key=lambda item: ("." in item[0], item)):
+            lines += [""] * (group != (group := key.rpartition(".")[0]))
+            lines.append(f"{key} = {pprint.pformat(value, width=100, sort_dicts=False)}")
+        return "\n".join(lines) + "\n"
 
 
 def load(
@@ -152,10 +127,10 @@ def load(
 
     Args:
       command: the function that `run` will call.
-      files: paths; later files override earlier. Looked for in `search_paths`, in the current folder, and among the
-        configs of t5x_like (`models/t5_1_1_small.gin`, or with `configs/` before it).
-      bindings: `NAME=value` or `scope/module.function.parameter=value`, which override the files. Modules are called
-        what the files call them, and a value that is no literal, macro or reference is a string.
+      files: later ones override earlier; looked for in `search_paths`, the current folder, and the configs of
+        t5x_like (`models/t5_1_1_small.gin`, with or without `configs/`).
+      bindings: `NAME=value` or `scope/module.function.parameter=value`, overriding files and naming modules as
+        they do; a value that is no literal, macro or reference is a string.
       search_paths: folders for `files` and their includes.
       allow_imports: top-level packages that files may import besides `ALLOWED_PACKAGES`.
       roots: dotted names of other commands whose bindings count as used, so that one file can serve several.
@@ -163,10 +138,13 @@ def load(
     Raises:
       UserError: a mistake in a file or binding; the message starts with its place.
     """
-    loader = _Loader(ALLOWED_PACKAGES | {name.partition(".")[0] for name in allow_imports})
-    loader.symbols[command.__module__.rpartition(".")[2]] = command.__module__
+    package = Path(__file__).parent
+    home = package if (package / "configs").is_dir() else package.parent  # installed, or in the repository
+    folders = [*(Path(path).absolute() for path in search_paths), Path.cwd(), home, home / "configs"]
+    loader = _Loader(folders, ALLOWED_PACKAGES | {name.partition(".")[0] for name in allow_imports})
+    loader.symbols[_tail(command.__module__, 1)] = command.__module__
     for file in files:
-        loader.add_file(file, _search_folders(search_paths), f"--gin_file={file}: ")
+        loader.add_file(file, f"--gin_file={file}: ")
     for binding in bindings:
         loader.add_command_line(binding)
     loader.import_modules()
@@ -180,15 +158,14 @@ _running: contextvars.ContextVar[LoadedConfig | None] = contextvars.ContextVar("
 
 
 def run(config: LoadedConfig, **arguments: object) -> object:
-    """Builds what the command's parameters are bound to and calls it; `arguments` (e.g. `dry_run`) override the config.
+    """Builds what the parameters of the command are bound to, overridden by `arguments`, and calls it.
 
     Raises:
       UserError: a required parameter is not bound, or a constructor refused what it was given.
     """
     command = _follow(config, [config.command])[-1]
     _check_complete(command, command.arguments | arguments)
-    bound = {name: value for name, value in command.arguments.items() if name not in arguments}
-    built = _map(_build, bound)
+    built = _map(_build, {name: v for name, v in command.arguments.items() if name not in arguments})
     token = _running.set(config)
     try:
         return command.target(**built, **arguments)
@@ -196,10 +173,10 @@ def run(config: LoadedConfig, **arguments: object) -> object:
         _running.reset(token)
 
 
-def operative_config() -> str | None:
-    """The operative config of the command that `run` is running; `None` outside of one."""
+def operative_config() -> str:
+    """The operative config of the command that `run` is running; empty outside of one."""
     config = _running.get()
-    return config.operative_config() if config else None
+    return config.operative_config() if config else ""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
@@ -209,9 +186,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {by_lower_case[match[0]]!r}?" if match else ""
 
 
-# ---- Reading and linking: from files to bindings of functions
-
-
+# Reading and linking: from files to bindings of functions
 class _Delegate:
     """What gin's parser makes of `@` and `%`."""
 
@@ -223,50 +198,35 @@ class _Delegate:
         return Reference(name, _MACRO, True)
 
 
-def _macro(value: object) -> object:
-    return value
-
-
-class _Statement(NamedTuple):
-    """A binding as parsed, and what its file calls the modules that it imports."""
-
-    parsed: config_parser.BindingStatement
-    symbols: Mapping[str, str]
-    location: str
-
-
 class _Loader:
-    """Collects statements in the order in which they take effect, then imports, then finds what names mean."""
+    """Collects statements in the order in which they take effect, imports, then finds what names mean."""
 
-    def __init__(self, allowed: frozenset[str]) -> None:
+    def __init__(self, folders: Sequence[Path], allowed: frozenset[str]) -> None:
+        self.folders = folders
         self.allowed = allowed
         self.symbols: dict[str, str] = {}  # for the command line: those of all files
-        self.statements: list[_Statement] = []
+        self.statements: list[tuple[config_parser.BindingStatement, Mapping[str, str], str]] = []
         self.imports: list[tuple[str, str]] = []  # module, location
-        self.targets: dict[str, Callable[..., object]] = {_MACRO: _macro}
+        self.targets: dict[str, Callable[..., object]] = {_MACRO: lambda value: value}
 
-    def add_file(
-        self, file: str, folders: Sequence[Path], asked_by: str, inside: tuple[Path, ...] = ()
-    ) -> None:
+    def add_file(self, file: str, asked_by: str, inside: tuple[Path, ...] = ()) -> None:
         """Reads a file, with its includes where they stand; as in gin, a file sees its own imports only."""
-        path = _find(file, folders, asked_by)
+        path = _find(file, self.folders, asked_by)
         if path in inside:
             raise UserError(f"{asked_by}{file} includes itself.")
         shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
         symbols: dict[str, str] = {}
-        for parsed in _parse(path.read_text("utf-8"), str(shown)):
+        for parsed in _parse(path.read_text("utf-8", "replace"), str(shown)):
             location = f"{shown}:{parsed.location.line_num}"
             if isinstance(parsed, config_parser.IncludeStatement):
-                self.add_file(parsed.filename, folders, f"{location}: ", (*inside, path))
+                self.add_file(parsed.filename, f"{location}: ", (*inside, path))
             elif isinstance(parsed, config_parser.BindingStatement):
-                self.statements.append(_Statement(parsed, symbols, location))
-            elif isinstance(parsed, config_parser.ImportStatement):
+                self.statements.append((parsed, symbols, location))
+            elif getattr(parsed, "module", "__gin__.dynamic_registration") != "__gin__.dynamic_registration":
                 self.check_allowed(parsed.module, location)
                 self.imports.append((parsed.module, location))
-                whole_path = parsed.is_from or parsed.alias
-                symbols[parsed.bound_name()] = (
-                    parsed.module if whole_path else parsed.module.partition(".")[0]
-                )
+                top = parsed.module.partition(".")[0]
+                symbols[parsed.bound_name()] = parsed.module if parsed.is_from or parsed.alias else top
         self.symbols |= symbols
 
     def add_command_line(self, text: str) -> None:
@@ -276,15 +236,12 @@ class _Loader:
         if parsed is None and not value.startswith(("@", "%")):
             parsed = _parse_binding(f"{key} = {value!r}")
         if parsed is None or not equals:
-            raise UserError(
-                f"--gin.{text}: not a binding. Write --gin.NAME=value or --gin.module.function.parameter=value, "
-                "where the value is a literal, %MACRO, @module.function() or plain text."
-            )
-        self.statements.append(_Statement(parsed, self.symbols, f"--gin.{text}"))
+            raise UserError(f"--gin.{text}: write --gin.NAME=value or --gin.module.function.parameter=value.")
+        self.statements.append((parsed, self.symbols, f"--gin.{text}"))
 
     def check_allowed(self, module: str, location: str) -> None:
         top = module.partition(".")[0]
-        if top not in self.allowed | {"__gin__"}:
+        if top not in self.allowed:
             raise UserError(
                 f"{location}: {module!r} may not be used: gin files run code, and only "
                 f"{', '.join(sorted(self.allowed))} are trusted. If you trust it, add --allow_import={top}."
@@ -292,18 +249,13 @@ class _Loader:
 
     def import_modules(self) -> None:
         for module, location in self.imports:
-            if module == "__gin__.dynamic_registration":  # always on here
-                continue
             try:
                 importlib.import_module(module)
             except ModuleNotFoundError as error:
-                missing = error.name or ""
-                if not f"{module}.".startswith(f"{missing}."):
-                    raise UserError(f"{location}: {module} needs {missing}, not installed.") from error
-                parent = missing.rpartition(".")[0]
+                parent, _, missing = (error.name or "").rpartition(".")
                 siblings = pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", []))
-                hint = nearest(missing, [f"{parent}.{sibling.name}" for sibling in siblings])
-                raise UserError(f"{location}: there is no module {missing!r}.{hint}") from error
+                hint = nearest(missing, (sibling.name for sibling in siblings))
+                raise UserError(f"{location}: cannot import {module}: {error}.{hint}") from error
 
     def link(self) -> dict[tuple[str, str], dict[str, Binding]]:
         """Finds all names; the last of several bindings of one parameter wins."""
@@ -311,17 +263,15 @@ class _Loader:
         for parsed, symbols, location in self.statements:
             find = functools.partial(self.find, symbols=symbols, location=location)
             value = _map(functools.partial(_rename, find), parsed.value)
-            scope, name, parameter = parsed.scope, parsed.selector, parsed.arg_name
-            if parameter:
-                name = find(name)
-                _check_parameter(self.targets[name], name, parameter, location)
+            if parsed.arg_name:
+                key, parameter = (parsed.scope, find(parsed.selector)), parsed.arg_name
             else:
-                scope, name, parameter = Reference(scope, name, False).key, _MACRO, "value"
-            bindings.setdefault((scope, name), {})[parameter] = Binding(value, location)
+                key, parameter = (Reference(parsed.scope, parsed.selector, False).key, _MACRO), "value"
+            bindings.setdefault(key, {})[parameter] = Binding(value, location)
         return bindings
 
     def find(self, name: str, symbols: Mapping[str, str], location: str) -> str:
-        """Follows a dotted path from an imported module, but into no module whose import would be refused."""
+        """Follows a dotted path from an imported module, into none that may not be imported."""
         head, *attributes = name.split(".")
         if head not in symbols:
             raise UserError(f"{location}: no import gives {head!r}, of {name!r}.{nearest(head, symbols)}")
@@ -339,15 +289,9 @@ class _Loader:
 
     def add(self, path: str, target: Callable[..., object]) -> str:
         """Names a function or class; one that can be reached by several paths is called by the first."""
-        path = next((known for known, other in self.targets.items() if other == target), path)
+        path = next((known for known, other in self.targets.items() if other is target), path)
         self.targets.setdefault(path, target)
         return path
-
-
-def _search_folders(search_paths: Sequence[str]) -> list[Path]:
-    package = Path(__file__).parent
-    home = package if (package / "configs").is_dir() else package.parent  # installed, or in the repository
-    return [*(Path(path).absolute() for path in search_paths), Path.cwd(), home, home / "configs"]
 
 
 def _find(file: str, folders: Sequence[Path], asked_by: str) -> Path:
@@ -360,7 +304,7 @@ def _find(file: str, folders: Sequence[Path], asked_by: str) -> Path:
     raise UserError(f"{asked_by}no file {file!r} in {looked}.{nearest(file, shipped + beside)}")
 
 
-def _parse(text: str, path: str) -> Iterator[NamedTuple]:
+def _parse(text: str, path: str) -> Iterator[typing.NamedTuple]:
     """Gin's statements; a block comes as its declaration, then its bindings."""
     try:
         yield from config_parser.ConfigParser(io.StringIO(text), _Delegate())
@@ -379,104 +323,91 @@ def _parse_binding(text: str) -> config_parser.BindingStatement | None:
     return parsed if isinstance(parsed, config_parser.BindingStatement) else None
 
 
-# ---- Checking: from bindings to a tree of calls
-
-
-def _check_parameter(target: Callable[..., object], name: str, parameter: str, location: str) -> None:
-    parameters = _parameters(target)
-    known = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    anything_goes = not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if parameter not in known and not anything_goes:
-        hint = nearest(parameter, known) or f" It has {', '.join(known)}."
-        raise UserError(f"{location}: {_short(name)} has no parameter {parameter!r}.{hint}")
-
-
+# Checking: from bindings to a tree of calls
 def _follow(config: LoadedConfig, roots: Iterable[Reference]) -> list[Call]:
-    """Everything that references lead to, parts before wholes; checks types on the way, and refuses circles."""
+    """Everything that references lead to, parts before wholes; checks arguments, and refuses circles."""
     calls: list[Call] = []
 
-    def call(reference: Reference, location: str, path: tuple[str, ...]) -> object:
-        if repr(reference) in path:
-            circle = " -> ".join((*path, repr(reference)))
+    def follow(leaf: object, scope: str, location: str, path: tuple[Reference, ...]) -> object:
+        if not isinstance(leaf, Reference):
+            return leaf
+        reference = dataclasses.replace(leaf, scope=leaf.scope or scope)
+        if reference in path:
+            circle = " -> ".join(map(repr, (*path[path.index(reference) :], reference)))
             raise UserError(f"{location}: {circle} leads back to itself.")
-        target, arguments = config.targets[reference.name], {}
+        call = Call(config.targets[reference.name], reference, location, {})
         for name, binding in config.bound(reference).items():
-            arguments[name] = value(binding, reference.scope, (*path, repr(reference)))
-            _check_type(target, f"{_short(reference.name)}.{name}", arguments[name], origin(binding))
-        calls.append(Call(target, reference, location, arguments))
-        return arguments["value"] if reference.name == _MACRO and arguments else calls[-1]
-
-    def value(binding: Binding, scope: str, path: tuple[str, ...]) -> object:
-        def follow(leaf: object) -> object:
-            if not isinstance(leaf, Reference):
-                return leaf
-            return call(dataclasses.replace(leaf, scope=leaf.scope or scope), binding.location, path)
-
-        return _map(follow, binding.value)
-
-    def origin(binding: Binding) -> str:
-        """Where a value comes from; for a macro, where that is defined."""
-        macro = isinstance(binding.value, Reference) and binding.value.name == _MACRO
-        inner = config.bound(binding.value).get("value") if macro else None
-        return origin(inner) if inner else binding.location
+            here = {"scope": reference.scope, "location": binding.location, "path": (*path, reference)}
+            call.arguments[name] = _map(functools.partial(follow, **here), binding.value)
+            _check_argument(call, name, binding, _origin(config, binding))
+        calls.append(call)
+        return call.arguments["value"] if reference.name == _MACRO and call.arguments else call
 
     for root in roots:
-        call(root, "", ())
+        follow(root, "", "", ())
     return calls
+
+
+def _origin(config: LoadedConfig, binding: Binding) -> Binding:
+    """For a macro, the binding that defines it."""
+    macro = isinstance(binding.value, Reference) and binding.value.name == _MACRO
+    inner = config.bound(binding.value).get("value") if macro else None
+    return _origin(config, inner) if inner else binding
 
 
 def _check_all_used(config: LoadedConfig, roots: Iterable[Reference]) -> None:
     """Compares what is bound with what the commands lead to."""
     macros = {s: bound["value"].location for (s, name), bound in config.bindings.items() if name == _MACRO}
-    spare = [n for n in STANDARD_MACROS if n in macros and not macros[n].startswith("--gin.")]
-    calls = _follow(config, [config.command, *roots, *(Reference(n, _MACRO, True) for n in spare)])
-    scopes: dict[str, set[str]] = {_MACRO: set()}
+    spare = [name for name in macros if name in STANDARD_MACROS and not macros[name].startswith("--gin.")]
+    calls = _follow(config, [config.command, *roots, *(Reference(name, _MACRO, True) for name in spare)])
+    used: dict[str, set[str]] = {_MACRO: set()}  # the scopes in which something is reached
     for call in calls:
-        scopes.setdefault(call.reference.name, set()).update(_outer_scopes(call.reference.scope))
+        used.setdefault(call.reference.name, set()).update(_outer_scopes(call.reference.scope))
 
-    unused = {name: location for name, location in macros.items() if name not in scopes[_MACRO]}
-    empty = {c.reference.scope: c.location for c in calls if c.reference.name == _MACRO and not c.arguments}
-    undefined = {name: location for name, location in empty.items() if name != "gin.REQUIRED"}
-    for name, location in unused.items():
-        hint = nearest(name, undefined or scopes[_MACRO])
-        if hint or not undefined:
-            raise UserError(f"{location}: nothing uses the macro {name}.{hint}")
-    for name, location in undefined.items():
-        hint = f"{nearest(name, macros)} Set it with --gin.{name}=value."
-        raise UserError(f"{location}: nothing defines the macro {name}.{hint}")
+    for name, location in macros.items():
+        if name not in used[_MACRO]:
+            raise UserError(f"{location}: nothing uses the macro {name}.{nearest(name, used[_MACRO])}")
+    for call in calls:
+        name = call.reference.scope
+        if call.reference.name == _MACRO and not call.arguments and name != "gin.REQUIRED":
+            hint = f"{nearest(name, macros)} Set it with --gin.{name}=value."
+            raise UserError(f"{call.location}: nothing defines the macro {name}.{hint}")
     for (scope, name), bound in config.bindings.items():
-        location, short = next(iter(bound.values())).location, _short(name)
-        if name not in scopes:
-            hint = f"{nearest(name, scopes)} Refer to it (@{short}()), or remove this."
-            raise UserError(f"{location}: nothing uses {short}.{hint}")
-        if scope not in scopes[name]:
-            known = sorted(scopes[name] - {""})
+        location, short = next(iter(bound.values())).location, _tail(name, 2)
+        if name not in used:
+            hint = nearest(_tail(name, 1), [_tail(other, 1) for other in used])
+            raise UserError(f"{location}: nothing uses {short}.{hint} Refer to it (@{short}()), or remove this.")
+        if scope not in used[name]:
+            known = sorted(used[name] - {""})
             hint = nearest(scope, known) or f" Its scopes are: {', '.join(known) or 'none'}."
             raise UserError(f"{location}: nothing uses {short} in scope {scope!r}.{hint}")
 
 
-def _check_complete(call: Call, arguments: Mapping[str, object]) -> None:
+def _check_complete(call: Call, given: Iterable[str]) -> None:
     parameters = _parameters(call.target).items()
-    missing = [name for name, p in parameters if p.default is p.empty and name not in arguments]
+    missing = [name for name, p in parameters if p.default is p.empty and name not in given]
     if missing and call.reference.name == _MACRO:
         raise UserError(f"{call.location}: needs a value. Bind it in a later file or on the command line.")
     if missing:
-        short, place = _short(call.reference.name), f"{call.location}: " * bool(call.location)
+        short, place = _tail(call.reference.name, 2), f"{call.location}: " * bool(call.location)
         flags = " ".join(f"--gin.{short}.{name}=value" for name in missing)
         raise UserError(f"{place}{short} needs {', '.join(missing)}. Bind it in a gin file or with {flags}.")
 
 
-def _check_type(target: Callable[..., object], name: str, value: object, location: str) -> None:
-    parameter = name.rpartition(".")[2]
-    annotation, declared = _hints(target).get(parameter), _parameters(target).get(parameter)
-    default = declared.default if declared else inspect.Parameter.empty
-    if not _accepts(annotation, value) and not _same(default, value):
-        expected = inspect.formatannotation(annotation)
-        raise UserError(f"{location}: {name} takes {expected}, not {value!r}.")
+def _check_argument(call: Call, parameter: str, binding: Binding, written: Binding) -> None:
+    parameters = _parameters(call.target)
+    short, value = _tail(call.reference.name, 2), call.arguments[parameter]
+    if parameters and parameter not in parameters:
+        hint = nearest(parameter, parameters) or f" It has {', '.join(parameters)}."
+        raise UserError(f"{binding.location}: {short} has no parameter {parameter!r}.{hint}")
+    known = parameters.get(parameter)
+    if known and not _accepts(known.annotation, value) and not _same(known.default, value):
+        expected = inspect.formatannotation(known.annotation)
+        raise UserError(f"{written.location}: {short}.{parameter} takes {expected}, not {written.value!r}.")
 
 
 def _accepts(annotation: object, value: object) -> bool:
-    """Whether a literal fits an annotation made of Python's plain types; any other annotation accepts all."""
+    """Whether a literal fits an annotation made of Python's plain types; any other accepts all."""
     origin, args = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if isinstance(value, Call):
         return True
@@ -486,35 +417,29 @@ def _accepts(annotation: object, value: object) -> bool:
         return any(_same(arg, value) for arg in args)
     if origin is tuple and args and args[-1] is not ...:
         return type(value) is tuple and len(value) == len(args) and all(map(_accepts, args, value))
+    kinds = {float: (float, int), Sequence: (list, tuple), Mapping: (dict,)}.get(origin, (origin,))
     if origin in (list, tuple, Sequence):
-        kinds = (list, tuple) if origin is Sequence else (origin,)
         return type(value) in kinds and all(_accepts(arg, item) for arg in args[:1] for item in value)
     if origin in (dict, Mapping):
-        return type(value) is dict and (not args or all(all(map(_accepts, args, i)) for i in value.items()))
-    if origin is float:
-        return type(value) in (float, int)
-    return type(value) is origin if origin in (bool, int, str, types.NoneType) else True
+        return type(value) in kinds and all(all(map(_accepts, args, item)) for item in value.items())
+    return type(value) in kinds if origin in (bool, int, float, str, types.NoneType) else True
 
 
 def _same(left: object, right: object) -> bool:
     return type(left) is type(right) and left == right
 
 
-def _hints(target: Callable[..., object]) -> Mapping[str, object]:
-    """Annotations, without those that cannot be resolved (names imported for type checkers only)."""
-    owner = target.__init__ if inspect.isclass(target) and not dataclasses.is_dataclass(target) else target
-    try:
-        return typing.get_type_hints(owner)
-    except Exception:
-        hints = {name: p.annotation for name, p in _parameters(target).items()}
-        return {name: hint for name, hint in hints.items() if not isinstance(hint, str)}
-
-
 def _parameters(target: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+    """What can be bound; nothing if that is not known, or anything can be."""
     try:
-        return inspect.signature(target).parameters
+        parameters = inspect.signature(target, eval_str=True).parameters
+    except NameError:  # annotated with what is imported for type checkers only
+        parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # some built-in functions have no signature
         return {}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return {}
+    return {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def _defaults(target: Callable[..., object]) -> dict[str, object]:
@@ -524,9 +449,7 @@ def _defaults(target: Callable[..., object]) -> dict[str, object]:
     return {n: value for n, value in defaults.items() if read[n] and _same(read[n].value, value)}
 
 
-# ---- Building, and what all parts need
-
-
+# Building, and what all parts need
 def _build(value: object) -> object:
     """Calls what is to be called, from the inside out."""
     if not isinstance(value, Call):
@@ -539,7 +462,7 @@ def _build(value: object) -> object:
         return value.target(**arguments)
     except (TypeError, ValueError, LookupError, OSError) as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise UserError(f"{value.location}: @{_short(value.reference.name)}(): {kind}{error}") from error
+        raise UserError(f"{value.location}: @{_tail(value.reference.name, 2)}(): {kind}{error}") from error
 
 
 def _map(function: Callable[[object], object], value: object) -> object:
@@ -562,13 +485,12 @@ def _outer_scopes(scope: str) -> list[str]:
     return ["/".join(parts[:count]) for count in range(len(parts) + 1)]
 
 
-def _short(name: str) -> str:
-    """How a file that imports the module of a function calls it."""
-    return ".".join(name.split(".")[-2:])
+def _tail(name: str, count: int) -> str:
+    return ".".join(name.split(".")[-count:])
 
 
 def _module(name: str) -> str:
-    """The module part of a dotted name; nothing for a macro."""
+    """The module part of a dotted name."""
     while name and name not in sys.modules:
         name = name.rpartition(".")[0]
     return name

@@ -21,6 +21,10 @@ LogicalAxes = tuple[str | None, ...]
 MeshAxes = str | tuple[str, ...] | None
 
 
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
     """Which mesh axes split each logical axis; None replicates it. One field per word of the vocabulary.
@@ -45,7 +49,9 @@ class ShardingRules:
         for field in dataclasses.fields(self):
             for name in _as_tuple(getattr(self, field.name)):
                 if name not in MESH_AXES:
-                    raise UserError(f"ShardingRules.{field.name}: {name!r} is no mesh axis; use one of {', '.join(MESH_AXES)} or None")
+                    raise UserError(
+                        f"ShardingRules.{field.name}: {name!r} is no mesh axis; use one of {', '.join(MESH_AXES)} or None"
+                    )
 
     def spec(self, axes: LogicalAxes, mesh: Mesh) -> PartitionSpec:
         """The partition of an array whose dimensions are named `axes` (None: replicated); mesh axes of size 1 are left out."""
@@ -65,7 +71,11 @@ def fsdp_rules() -> ShardingRules:
 
 
 def make_mesh(
-    replica: int = 1, data: int = -1, expert: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None
+    replica: int = 1,
+    data: int = -1,
+    expert: int = 1,
+    model: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh of `MESH_AXES` over all devices; -1 (at most one) means whatever is left.
 
@@ -160,10 +170,10 @@ def check_divisible(shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[st
         for dim, part in enumerate(sharding.spec):
             ways = int(np.prod([sharding.mesh.shape[axis] for axis in _as_tuple(part)]))
             if shape[dim] % ways:
-                wrong.append(f"  {name}: dimension {dim} of {shape} is split {ways} ways over {' x '.join(_as_tuple(part))}")
+                wrong.append(
+                    f"  {name}: dimension {dim} of {shape} is split {ways} ways over {' x '.join(_as_tuple(part))}"
+                )
     if wrong:
-        raise UserError("the mesh does not divide these arrays; change the mesh, the rules or the sizes:\n" + "\n".join(wrong))
-
-
-def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else axes or ()
+        raise UserError(
+            "the mesh does not divide these arrays; change the mesh, the rules or the sizes:\n" + "\n".join(wrong)
+        )

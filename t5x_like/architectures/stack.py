@@ -40,7 +40,9 @@ class LayerStack:
         if self.remat is not None and self.remat not in REMAT_POLICIES:
             raise UserError(f"LayerStack.remat: {self.remat!r} is not one of {', '.join(REMAT_POLICIES)} or None")
         if self.repeats < 1 or not self.pattern:
-            raise UserError(f"LayerStack: needs a pattern and repeats >= 1, got {len(self.pattern)} layers x {self.repeats}")
+            raise UserError(
+                f"LayerStack: needs a pattern and repeats >= 1, got {len(self.pattern)} layers x {self.repeats}"
+            )
 
     def __call__(
         self, parent: nn.Module, x: Float[Array, "batch length embed"], *context: PyTree

@@ -106,9 +106,7 @@ class Encoder(nn.Module):
     relpos_bias: nn.Module | None = None
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch length embed"], mask: masks.Mask
-    ) -> Float[Array, "batch length embed"]:
+    def __call__(self, x: Float[Array, "batch length embed"], mask: masks.Mask) -> Float[Array, "batch length embed"]:
         """Encodes embedded tokens; `mask` says which keys each query sees."""
         positions = jnp.arange(x.shape[1])
         bias = None if self.relpos_bias is None else self.relpos_bias(positions, positions)

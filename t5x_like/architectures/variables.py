@@ -1,9 +1,14 @@
 """Between Linen's variables and what the rest of the library sees: plain trees of arrays, and trees of logical axes."""
 
+from typing import TypeVar
+
 import flax.linen as nn
 import jax
 
+from t5x_like.sharding import LogicalAxes
 from t5x_like.typing import Params, PyTree
+
+Leaf = TypeVar("Leaf")
 
 
 def _is_box(x: object) -> bool:
@@ -18,3 +23,19 @@ def unbox(variables: PyTree) -> Params:
 def logical_axes(variables: PyTree) -> PyTree:
     """The names of the dimensions of every parameter, e.g. `("embed", "heads", "head_dim")`, `layers` included."""
     return jax.tree.map(lambda x: tuple(x.names) if _is_box(x) else (None,) * x.ndim, variables, is_leaf=_is_box)
+
+
+def parameter_name(path: tuple[jax.tree_util.KeyEntry, ...]) -> str:
+    """The name `encoder/layers_0/mlp/wi/kernel` of a leaf at a JAX key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: PyTree[Leaf]) -> list[tuple[str, Leaf]]:
+    """Every leaf of a tree with its name, in the order of `jax.tree.leaves`."""
+    return [(parameter_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+
+
+def named_axes(axes: PyTree) -> list[tuple[str, LogicalAxes]]:
+    """The same for `logical_axes`, whose leaves are tuples."""
+    leaves = jax.tree.leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
+    return [(parameter_name(path), names) for path, names in leaves]

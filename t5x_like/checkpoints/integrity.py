@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from t5x_like.training.optimizers import named_leaves
-from t5x_like.typing import Array, Int, PyTree
+from t5x_like.architectures.variables import named_leaves
+from t5x_like.typing import Array, PyTree, UInt
 
 
-def digest(x: Array) -> Int[Array, ""]:
+def digest(x: Array) -> UInt[Array, ""]:
     """A 32-bit sum of the array's bits, each word weighted by its place.
 
     Integer sums wrap and do not depend on their order: every mesh and every number of hosts gives the same digest, and

@@ -5,17 +5,17 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from t5x_like.architectures.variables import named_leaves, parameter_name
 from t5x_like.checkpoints import integrity
 from t5x_like.data.loader import Position
 from t5x_like.errors import RunFailed, UserError
-from t5x_like.training.optimizers import named_leaves, parameter_name
 from t5x_like.training.train_state import TrainState
 from t5x_like.typing import Params, PyTree
 
@@ -48,7 +48,7 @@ class CheckpointPolicy:
         if self.best_mode not in ("max", "min"):
             raise UserError(f"CheckpointPolicy.best_mode is {self.best_mode!r}; it is 'max' or 'min'")
 
-    def preservation(self) -> ocp.checkpoint_managers.PreservationPolicy:
+    def preservation(self) -> ocp.checkpoint_managers.AnyPreservationPolicy:
         """The same, as Orbax wants it."""
         policies = [ocp.checkpoint_managers.LatestN(self.keep_last)]
         if self.keep_every is not None:
@@ -88,9 +88,14 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policy.preservation(), cleanup_tmp_directories=True
             )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(),
+            "position": ocp.JsonCheckpointHandler(),
+            "digests": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -101,7 +106,9 @@ class Checkpoints:
         self._manager.wait_until_finished()  # Orbax lists a save before it has committed
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, position: Position, metrics: Mapping[str, float] | None = None) -> None:
+    def save(
+        self, step: int, state: TrainState, position: Position, metrics: Mapping[str, float] | None = None
+    ) -> None:
         """Saves in the background; arrays are copied before this returns, so the state may be donated."""
         metric = self._policy.best_metric if self._policy else None
         metrics = {metric: metrics[metric]} if metric and metrics and metric in metrics else None
@@ -147,8 +154,7 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # whatever Orbax, TensorStore or JSON find wrong with the files
-            reason = str(error).strip().splitlines()
-            raise CorruptCheckpoint(f"{self._folder / str(step)}: cannot be read: {reason[0] if reason else error!r}") from error
+            raise self._unreadable(step, error) from error
         self._check_digests(step, restored.state, restored.digests)
         return restored.state, restored.position
 
@@ -166,7 +172,8 @@ class Checkpoints:
             averaged = next((n for n, _ in named_leaves(metadata) if pattern.fullmatch(n)), None)
             wanted[averaged or f"params/{name}"] = name
         item = jax.tree_util.tree_map_with_path(
-            lambda path, _: like[wanted[parameter_name(path)]] if parameter_name(path) in wanted else ocp.PLACEHOLDER, metadata
+            lambda path, _: like[wanted[parameter_name(path)]] if parameter_name(path) in wanted else ocp.PLACEHOLDER,
+            metadata,
         )
         arguments = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
         restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments, digests=ocp.args.JsonRestore()))
@@ -181,8 +188,12 @@ class Checkpoints:
     def _metadata(self, step: int) -> PyTree:
         try:
             return self._manager.item_metadata(step).state.tree
-        except Exception as error:
-            raise CorruptCheckpoint(f"{self._folder / str(step)}: its metadata cannot be read") from error
+        except Exception as error:  # as in `restore`
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: Exception) -> "CorruptCheckpoint":
+        reason = str(error).strip().splitlines()[:1] or [repr(error)]
+        return CorruptCheckpoint(f"{self._folder / str(step)}: cannot be read: {reason[0]}")
 
     def _check_digests(self, step: int, tree: PyTree, saved: dict[str, int]) -> None:
         changed = integrity.differences(tree, saved)
@@ -192,7 +203,10 @@ class Checkpoints:
 
     def check_shapes(self, step: int, like: Params) -> None:
         """Raises `UserError` listing the parameters which a checkpoint and a tree of shapes do not have in common."""
-        saved, wanted = self.parameter_shapes(step), {name: tuple(leaf.shape) for name, leaf in named_leaves(like)}
+        saved, wanted = (
+            self.parameter_shapes(step),
+            {name: tuple(leaf.shape) for name, leaf in named_leaves(like)},
+        )
         wrong = list(_shape_differences(saved, wanted))
         if wrong:
             raise UserError(f"{self._folder / str(step)} belongs to another model:\n  " + "\n  ".join(wrong[:10]))

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jax
 
+from t5x_like.architectures.variables import named_leaves, parameter_name
 from t5x_like.checkpoints.manager import Checkpoints
 from t5x_like.errors import UserError
 from t5x_like.models.contract import Model
 from t5x_like.sharding import Partitioner
-from t5x_like.training.optimizers import named_leaves, parameter_name
 from t5x_like.typing import Batch, Params
 
 
@@ -46,7 +46,9 @@ class RestoreFrom:
         leaves = dict(named_leaves(params))
         wanted = {name: self._their_name(name) for name in leaves if re.fullmatch(self.include, name)}
         if not wanted:
-            raise UserError(f"RestoreFrom.include {self.include!r} matches no parameter; names look like {next(iter(leaves))}")
+            raise UserError(
+                f"RestoreFrom.include {self.include!r} matches no parameter; names look like {next(iter(leaves))}"
+            )
         with Checkpoints(Path(self.path) / "checkpoints") as checkpoints:
             steps = checkpoints.steps()
             step = self.step if self.step is not None else max(steps, default=None)
@@ -59,7 +61,9 @@ class RestoreFrom:
                 if theirs.get(their_name) != leaves[name].shape
             ]
             if wrong:
-                raise UserError(f"RestoreFrom: {self.path} does not fit; use include and renames:\n  " + "\n  ".join(wrong[:10]))
+                raise UserError(
+                    f"RestoreFrom: {self.path} does not fit; use include and renames:\n  " + "\n  ".join(wrong[:10])
+                )
             like = {
                 theirs: jax.ShapeDtypeStruct(leaves[name].shape, leaves[name].dtype, sharding=leaves[name].sharding)
                 for name, theirs in wanted.items()
@@ -75,7 +79,9 @@ class RestoreFrom:
         return name
 
 
-def restore_parameters(checkpoints: Checkpoints, step: int, model: Model, batch: Batch, partitioner: Partitioner) -> Params:
+def restore_parameters(
+    checkpoints: Checkpoints, step: int, model: Model, batch: Batch, partitioner: Partitioner
+) -> Params:
     """A model's parameters from one of its own checkpoints, on any mesh; their moving average where the run kept one.
 
     Raises:

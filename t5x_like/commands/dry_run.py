@@ -6,12 +6,12 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from t5x_like.architectures.variables import named_axes, named_leaves
 from t5x_like.commands.run_folder import example_batch
 from t5x_like.data.loader import DatasetConfig
 from t5x_like.models.contract import Model
 from t5x_like.sharding import Partitioner, check_divisible
 from t5x_like.training import train_state
-from t5x_like.training.optimizers import named_leaves
 from t5x_like.training.trainer import Trainer
 from t5x_like.typing import PyTree
 
@@ -31,7 +31,7 @@ def print_plan(config: str, model: Model, dataset: DatasetConfig, trainer: Train
     check_divisible({name: x.shape for name, x in batch.items()}, dict.fromkeys(batch, batch_sharding))
 
     table = Table("parameter", "shape", "logical axes", "split over", box=None)
-    axes = dict(train_state.named_axes(model.logical_axes(batch)))
+    axes = dict(named_axes(model.logical_axes(batch)))
     for name, leaf in named_leaves(state.params):
         names = ", ".join(axis or "-" for axis in axes[name])
         split = ", ".join(str(part) for part in leaf.sharding.spec if part) or "-"
@@ -43,7 +43,9 @@ def print_plan(config: str, model: Model, dataset: DatasetConfig, trainer: Train
     console.print(f"\nparameters          {train_state.count_parameters(state.params):,}")
     console.print(f"mesh                {dict(partitioner.mesh.shape)}")
     console.print(f"tokens per step     {tokens:,} at most ({rows} rows of {dict(dataset.task_feature_lengths)})")
-    for name, size in _memory(model, state, batch, trainer.microbatches, rows // batch_sharding.shard_shape((rows,))[0]):
+    for name, size in _memory(
+        model, state, batch, trainer.microbatches, rows // batch_sharding.shard_shape((rows,))[0]
+    ):
         console.print(f"{name:<19} {size / 2**30:.3f} GiB per device")
 
 
@@ -51,15 +53,23 @@ def _memory(
     model: Model, state: train_state.TrainState, batch: PyTree, microbatches: int, ways: int
 ) -> list[tuple[str, float]]:
     """Estimated bytes on the fullest device, by purpose. What is kept for the backward pass is counted as if only the
-    batch were split; temporaries of the compiler are not in it."""
-    part = {name: jax.ShapeDtypeStruct((x.shape[0] // microbatches, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    batch were split; temporaries of the compiler are not in it.
+    """
+    part = {
+        name: jax.ShapeDtypeStruct((x.shape[0] // microbatches, *x.shape[1:]), x.dtype) for name, x in batch.items()
+    }
 
     def residuals(params: PyTree, part: PyTree) -> PyTree:
         return jax.vjp(lambda params: model.loss(params, part, jax.random.key(0)).loss.total, params)[1]
 
     kept = _bytes(jax.eval_shape(residuals, state.params, part)) - _bytes(state.params)
     params, opt_state = _shard_bytes(state.params), _shard_bytes(state.opt_state)
-    sizes = {"parameters": params, "gradients": params, "optimizer state": opt_state, "activations (est.)": max(kept, 0) / ways}
+    sizes = {
+        "parameters": params,
+        "gradients": params,
+        "optimizer state": opt_state,
+        "activations (est.)": max(kept, 0) / ways,
+    }
     return [*sizes.items(), ("total (est.)", sum(sizes.values()))]
 
 

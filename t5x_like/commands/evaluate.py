@@ -44,7 +44,9 @@ def evaluate(
     with Checkpoints(Path(model_dir) / "checkpoints") as checkpoints:
         steps = choose_steps(checkpoints.steps(), step, model_dir)
         if dry_run:
-            print(f"{gin_config.operative_config()}\nwould evaluate {[task.name for task in evaluator.tasks()]} at {steps}")
+            print(
+                f"{gin_config.operative_config()}\nwould evaluate {[task.name for task in evaluator.tasks()]} at {steps}"
+            )
             return
         batch = run_folder.example_batch(model, evaluator.dataset, rows=1)
         with SilentRunLog() if jax.process_index() else RunLog(model_dir, steps[-1], resumed_step=None) as log:
@@ -67,5 +69,7 @@ def choose_steps(steps: list[int], wanted: int | str, model_dir: str) -> list[in
     if wanted == "latest":
         return steps[-1:]
     if wanted not in steps:
-        raise UserError(f"{model_dir} has no checkpoint of step {wanted!r}; it has {', '.join(map(str, steps))}, or say latest or all")
+        raise UserError(
+            f"{model_dir} has no checkpoint of step {wanted!r}; it has {', '.join(map(str, steps))}, or say latest or all"
+        )
     return [int(wanted)]

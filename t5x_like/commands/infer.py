@@ -61,7 +61,9 @@ def infer(
       UserError: no such checkpoint or file, or a line of the file cannot be read.
     """
     if not 0 <= shard_index < num_shards:
-        raise UserError(f"infer.shard_index is {shard_index}; with num_shards = {num_shards} it is 0 to {num_shards - 1}")
+        raise UserError(
+            f"infer.shard_index is {shard_index}; with num_shards = {num_shards} it is 0 to {num_shards - 1}"
+        )
     partitioner = partitioner or Partitioner()
     tasks = [entry.task for entry in weighted_tasks(dataset)]
     if source is not None:
@@ -104,10 +106,15 @@ def _batches(tasks: list[seqio.Task], dataset: DatasetConfig, model: Model) -> I
 def _rows(task: seqio.Task, batch: EvalBatch, found: list[list[list[int]]], scores: list[list[float]]) -> Iterator[str]:
     """A line per example; `predictions` and `scores` are lists where the decoder gives several outputs."""
     vocabulary = task.output_features["targets"].vocabulary
-    for example, sequences, values in zip(batch.examples, found, scores, strict=False):  # rows past the examples are padding
+    for example, sequences, values in zip(
+        batch.examples, found, scores, strict=False
+    ):  # rows past the examples are padding
         texts = [vocabulary.decode(sequence) for sequence in sequences]
         several = len(texts) > 1
-        row = {"task": task.name, **{name: example_text(task, example, name) for name in ("inputs", "targets")}}
+        row = {
+            "task": task.name,
+            **{name: example_text(task, example, name) for name in ("inputs", "targets")},
+        }
         row |= {"predictions": texts if several else texts[0], "scores": values if several else values[0]}
         yield json.dumps(row, ensure_ascii=False) + "\n"
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import jax
 
+from t5x_like.data.loader import DatasetConfig
 from t5x_like.errors import UserError
 from t5x_like.models.contract import Model
-from t5x_like.data.loader import DatasetConfig
 from t5x_like.typing import Batch
 
 MAY_CHANGE = (
@@ -43,7 +43,8 @@ def check_config(model_dir: str | Path, config: str) -> None:
     ]
     if changed:
         raise UserError(
-            f"{path}: this run was configured otherwise; set these back, or choose another MODEL_DIR:\n  " + "\n  ".join(changed)
+            f"{path}: this run was configured otherwise; set these back, or choose another MODEL_DIR:\n  "
+            + "\n  ".join(changed)
         )
 
 
@@ -72,6 +73,7 @@ def _settings(config: str) -> dict[str, str]:
     macros = {name: value for name, value in settings.items() if "." not in name}
     for _ in macros:  # macros may use macros
         settings = {
-            name: re.sub(r"%(\w+)", lambda match: macros.get(match[1], match[0]), value) for name, value in settings.items()
+            name: re.sub(r"%(\w+)", lambda match: macros.get(match[1], match[0]), value)
+            for name, value in settings.items()
         }
     return {name: value for name, value in settings.items() if name not in macros}

@@ -100,7 +100,12 @@ def train(
             monitor = Monitor(trainer, log, model_dir, flops, peak)
             step = TrainStep(model, trainer.optimizer, trainer.seed, trainer.microbatches)
             state = trainer.fit(
-                state, step.compiled(partitioner, shardings), loader.batches(position), batch_sharding, monitor, hooks
+                state,
+                step.compiled(partitioner, shardings),
+                loader.batches(position),
+                batch_sharding,
+                monitor,
+                hooks,
             )
             log.message(f"step {int(state.step)} of {trainer.train_steps}; the run's folder is {model_dir}")
     if jax.process_index() == 0:
@@ -122,11 +127,12 @@ class EvaluationHook:
     def __post_init__(self) -> None:
         self.history.update(read_evaluations(self.model_dir))
 
+    def due(self, progress: Progress) -> bool:
+        """At every period and at the end, but not when whoever stops the run is waiting."""
+        return (progress.step % self.period == 0 or progress.last) and not progress.interrupted
+
     def __call__(self, progress: Progress) -> bool:
-        """See `training.trainer.Hook`."""
-        due = progress.step % self.period == 0 or progress.last
-        if not due or progress.interrupted:
-            return False
+        """Evaluates every task; True when early stopping says so."""
         params = ema_params(progress.state.opt_state)
         self.history[progress.step] = {}
         for result in self.evaluator.run(self.predictor, progress.state.params if params is None else params):
@@ -136,7 +142,9 @@ class EvaluationHook:
                 write_rows(self.model_dir, progress.step, result)
         stop = self.early_stopping is not None and self.early_stopping.should_stop(self.history)
         if stop:
-            self.log.message(f"step {progress.step}: {self.early_stopping.metric} no longer gets better; stopping early")
+            self.log.message(
+                f"step {progress.step}: {self.early_stopping.metric} no longer gets better; stopping early"
+            )
         return stop
 
 
@@ -148,11 +156,14 @@ class SaveHook:
     period: int
     evaluation: EvaluationHook | None = None
 
+    def due(self, progress: Progress) -> bool:
+        """At every period and at the end, whatever ends it."""
+        return progress.step % self.period == 0 or progress.last
+
     def __call__(self, progress: Progress) -> bool:
-        """See `training.trainer.Hook`."""
-        if progress.step % self.period == 0 or progress.last:
-            metrics = self.evaluation.history.get(progress.step) if self.evaluation else None
-            self.checkpoints.save(progress.step, progress.state, progress.position, metrics)
+        """Saves; never ends a run."""
+        metrics = self.evaluation.history.get(progress.step) if self.evaluation else None
+        self.checkpoints.save(progress.step, progress.state, progress.position, metrics)
         return False
 
 
@@ -173,5 +184,3 @@ def _facts(
         "seeds": {"trainer": trainer.seed, "dataset": dataset.seed},
         "resumed_step": int(state.step),
     }
-
-

@@ -140,11 +140,11 @@ def weighted_tasks(config: DatasetConfig) -> list[WeightedTask]:
 
 
 class ShardPosition(TypedDict):
-    """Where one shard stands: the next row of its block, and where each task stood when the block began."""
+    """Where one shard stands."""
 
     block: int
-    row: int
-    tasks: dict[str, list[int]]  # name -> [epoch, examples of this epoch already used]
+    row: int  # rows of the block already used
+    tasks: dict[str, list[int]]  # name -> [epoch, examples of it already used], both when the block began
 
 
 Position = dict[str, ShardPosition]
@@ -239,25 +239,27 @@ class TrainLoader:
 
     def _rows(self, shard: int, start: ShardPosition) -> Iterator[tuple[Row, ShardPosition]]:
         """Rows of one shard, each with the position after it."""
-        config, before, first = self._config, start["tasks"], start["row"]
         streams = [
-            _examples_forever(task, config, self._converter, shard, before[task.name])
+            _TaskStream(task, self._config, self._converter, shard, start["tasks"][task.name])
             for task, _ in self._mixed
         ]
+        done = start["row"]
         for block in itertools.count(start["block"]):
-            after, examples = dict(before), []
-            for choice in self._choices(shard, block):
-                example, after[self._names[choice]] = next(streams[choice])
-                examples.append(example)
-            groups = [[index] for index in range(BLOCK)]
-            if config.pack:
-                groups = self._converter.pack(examples, config.task_feature_lengths)
-            for row in range(first, len(groups)):
-                position: ShardPosition = {"block": block, "row": row + 1, "tasks": before}
-                if row + 1 == len(groups):
-                    position = {"block": block + 1, "row": 0, "tasks": after}
-                yield [examples[index] for index in groups[row]], position
-            before, first = after, 0
+            places = {stream.task.name: [stream.epoch, stream.index] for stream in streams}
+            examples = (next(streams[choice]) for choice in self._choices(shard, block))
+            for number, row in enumerate(self._group(examples), start=1):
+                if number > done:
+                    yield row, {"block": block, "row": number, "tasks": places}
+            done = 0
+
+    def _group(self, examples: Iterator[Example]) -> Iterator[Row]:
+        """Rows of the examples of one block."""
+        if not self._config.pack:
+            yield from ([example] for example in examples)
+            return
+        block = list(examples)
+        for group in self._converter.pack(block, self._config.task_feature_lengths):
+            yield [block[index] for index in group]
 
     def _choices(self, shard: int, block: int) -> list[int]:
         """The task of each example of a block, drawn by the rates; no two blocks share a Philox counter."""
@@ -470,19 +472,39 @@ def _open(
     return dataset.with_options(options)
 
 
-def _examples_forever(
-    task: seqio.Task, config: DatasetConfig, converter: FeatureConverter, shard: int, start: Sequence[int]
-) -> Iterator[tuple[Example, list[int]]]:
-    """Examples of one task on one shard from [epoch, index] on, each with the [epoch, index] after it."""
-    epoch, index = start
-    while True:
-        dataset = _open(task, config, converter, shard, epoch).skip(index)
-        for example in _unpadded(dataset, converter.task_features):
-            index += 1
-            yield example, [epoch, index]
-        if index == 0:
-            raise _empty(task, config, f", shard {shard} of {config.num_shards}")
-        epoch, index = epoch + 1, 0
+class _TaskStream(Iterator[Example]):
+    """The examples of one task on one shard, epoch after epoch, from `start` (epoch, index) on.
+
+    Attributes:
+      task: where they come from.
+      epoch: passes over the task completed.
+      index: examples of this epoch already given.
+    """
+
+    def __init__(
+        self,
+        task: seqio.Task,
+        config: DatasetConfig,
+        converter: FeatureConverter,
+        shard: int,
+        start: Sequence[int],
+    ) -> None:
+        self.task, (self.epoch, self.index) = task, start
+        self._config, self._converter, self._shard = config, converter, shard
+        self._examples = self._read()
+
+    def __next__(self) -> Example:
+        return next(self._examples)
+
+    def _read(self) -> Iterator[Example]:
+        while True:
+            dataset = _open(self.task, self._config, self._converter, self._shard, self.epoch)
+            for example in _unpadded(dataset.skip(self.index), self._converter.task_features):
+                self.index += 1
+                yield example
+            if self.index == 0:
+                raise _empty(self.task, self._config, f", shard {self._shard} of {self._config.num_shards}")
+            self.epoch, self.index = self.epoch + 1, 0
 
 
 def _unpadded(dataset: tf.data.Dataset, features: Sequence[str]) -> Iterator[Example]:

@@ -151,7 +151,7 @@ def perplexity(scores: Numbers, num_tokens: Numbers) -> float:
         UserError: if there are no tokens, or one array is longer than the other.
     """
     _check(scores, num_tokens)
-    tokens = int(np.sum(num_tokens))
+    tokens = math.fsum(num_tokens)
     if tokens <= 0:
         raise UserError("perplexity: the targets have no tokens")
     with np.errstate(over="ignore"):  # a perplexity beyond float64 is infinite

@@ -59,11 +59,11 @@ class CorpusSource(seqio.DataSource):
             UserError: if the shard would be empty.
         """
         rows = self._rows(split)
-        if shard_info is not None:
-            index, count = shard_info.index, shard_info.num_shards
-            if count > len(rows):
-                raise UserError(f"split {split!r} has {len(rows)} rows, too few for {count} shards")
-            rows = rows[index * len(rows) // count : (index + 1) * len(rows) // count]
+        shard = shard_info or seqio.ShardInfo(index=0, num_shards=1)
+        if len(rows) < shard.num_shards:
+            raise UserError(f"split {split!r} has {len(rows)} rows, too few for {shard.num_shards} shards")
+        start, end = (i * len(rows) // shard.num_shards for i in (shard.index, shard.index + 1))
+        rows = rows[start:end]
         columns = dict(zip(rows[0]._fields, zip(*rows, strict=True), strict=True))
         dataset = tf.data.Dataset.from_tensor_slices({name: list(column) for name, column in columns.items()})
         if shuffle and self.performs_internal_shuffling:

@@ -45,7 +45,9 @@ def read_rows(path: str | Path) -> list[TextRow]:
     """The rows of a file; see `task`."""
     path = Path(path)
     if path.suffix not in _READERS:
-        raise UserError(f"{path}: cannot read {path.suffix or 'a file without an ending'}; use one of {', '.join(_READERS)}")
+        raise UserError(
+            f"{path}: cannot read {path.suffix or 'a file without an ending'}; use one of {', '.join(_READERS)}"
+        )
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(_READERS[path.suffix](str(path), file))
@@ -83,4 +85,8 @@ def _string(value: object) -> str:
     return value
 
 
-_READERS: dict[str, Callable[[str, Iterator[str]], Iterator[TextRow]]] = {".txt": _text, ".tsv": _tsv, ".jsonl": _jsonl}
+_READERS: dict[str, Callable[[str, Iterator[str]], Iterator[TextRow]]] = {
+    ".txt": _text,
+    ".tsv": _tsv,
+    ".jsonl": _jsonl,
+}

@@ -31,7 +31,7 @@ def sentencepiece_vocabulary(path: str | None = None, extra_ids: int = 100) -> s
         extra_ids: number of sentinels.
 
     Raises:
-        UserError: if the file cannot be read, is no such model, has other sentinels, or does not pad with 0.
+        UserError: if the file cannot be read, is no such model, or has other sentinels, padding or no EOS.
     """
     return SentencePieces(SHIPPED_MODEL if path is None else path, extra_ids)
 
@@ -59,17 +59,18 @@ class SentencePieces(seqio.Vocabulary):
     @property
     def bos_id(self) -> int | None:
         """Beginning of sequence; T5's models have none."""
-        return _none_if_negative(self._model.encoder.bos_id())
+        bos_id = self._model.encoder.bos_id()
+        return bos_id if bos_id >= 0 else None
 
     @property
-    def eos_id(self) -> int | None:
+    def eos_id(self) -> int:
         """End of sequence: 1 in T5's models."""
-        return _none_if_negative(self._model.encoder.eos_id())
+        return self._model.encoder.eos_id()
 
     @property
-    def unk_id(self) -> int | None:
+    def unk_id(self) -> int:
         """What no piece covers: 2 in T5's models."""
-        return _none_if_negative(self._model.encoder.unk_id())
+        return self._model.encoder.unk_id()
 
     @property
     def vocab_size(self) -> int:
@@ -160,8 +161,11 @@ def _load(path: str, extra_ids: int) -> _Model:
         model = _processor(content)
     except (tf.errors.OpError, RuntimeError) as error:
         raise UserError(f"cannot read the SentencePiece model {path!r}: {error}") from error
-    if model.pad_id() != seqio.vocabularies.PAD_ID:
-        raise UserError(f"the SentencePiece model {path!r} does not pad with id 0; train it with --pad_id=0")
+    if model.pad_id() != seqio.vocabularies.PAD_ID or model.eos_id() < 0:
+        raise UserError(
+            f"the SentencePiece model {path!r} has padding id {model.pad_id()} and EOS id {model.eos_id()}; "
+            "padding must be 0, and there must be an EOS: train it with --pad_id=0 --eos_id=1 --unk_id=2"
+        )
     proto = ModelProto.FromString(content)
     _remove_sentinels(proto, path, extra_ids)
     encoder_proto = proto.SerializeToString()
@@ -198,7 +202,3 @@ def _sentinel_names(extra_ids: int) -> list[str]:
 def _check_extra_ids(extra_ids: int) -> None:
     if extra_ids < 0:
         raise UserError(f"extra_ids is {extra_ids}; a vocabulary has zero sentinels or more")
-
-
-def _none_if_negative(token_id: int) -> int | None:
-    return token_id if token_id >= 0 else None

@@ -1,11 +1,11 @@
 """The one contract between networks and searches: a cached step, a way to reorder rows, and what comes out."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from t5x_like.typing import Array, Float, Int, PRNGKey, PyTree, Shaped
 
-Cache = PyTree[Shaped[Array, "..."]]
+Cache: TypeAlias = PyTree[Shaped[Array, "..."]]
 """Keys and values already computed; opaque to a search, which only steps it and reorders its rows."""
 
 
@@ -34,6 +34,7 @@ class Decoded(NamedTuple):
     scores: Float[Array, "batch samples"]
 
 
+@runtime_checkable
 class DecodeFn(Protocol):
     """A search: greedy, sampling, beam. Objects, not flags; jit-compatible (all loops are `jax.lax`)."""
 

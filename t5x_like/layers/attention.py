@@ -77,7 +77,10 @@ class MultiHeadAttention(nn.Module):
             if self.is_mutable_collection("cache"):
                 self._make_cache(key, value, keep=context is not None)
         elif self.has_variable("cache", "context_key"):
-            key, value = self.get_variable("cache", "context_key"), self.get_variable("cache", "context_value")
+            key, value = (
+                self.get_variable("cache", "context_key"),
+                self.get_variable("cache", "context_value"),
+            )
         else:
             key, value = self._append("key", x, position), self._append("value", x, position)
         weights = attention_weights(query, key, bias, mask)
@@ -88,7 +91,9 @@ class MultiHeadAttention(nn.Module):
 
     def _project(self, name: str, x: Array, kernel_init: FanInNormal | None = None) -> Array:
         axes = ("embed", "heads", "head_dim")
-        projected = Linear((self.num_heads, self.head_dim), axes, kernel_init=kernel_init, dtype=self.dtype, name=name)(x)
+        projected = Linear((self.num_heads, self.head_dim), axes, kernel_init=kernel_init, dtype=self.dtype, name=name)(
+            x
+        )
         return constrain(projected, "batch", "length", "heads", "head_dim")
 
     def _make_cache(self, key: Array, value: Array, keep: bool) -> None:

@@ -7,11 +7,15 @@ import jax.numpy as jnp
 from t5x_like.typing import Array, Float
 
 
-def rms_norm(x: Float[Array, "*batch embed"], scale: Float[Array, " embed"], epsilon: float) -> Float[Array, "*batch embed"]:
+def rms_norm(
+    x: Float[Array, "*batch embed"], scale: Float[Array, " embed"], epsilon: float
+) -> Float[Array, "*batch embed"]:
     """`x / rms(x) * scale` (Zhang & Sennrich 2019): no mean is subtracted and no bias added, as T5 does."""
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype) * jnp.broadcast_to(scale, x.shape).astype(x.dtype)
+    return (wide * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype) * jnp.broadcast_to(scale, x.shape).astype(
+        x.dtype
+    )
 
 
 class RMSNorm(nn.Module):

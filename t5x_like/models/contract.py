@@ -1,6 +1,6 @@
 """The one contract between networks and whoever trains, evaluates or exports them."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from t5x_like.data.packing import FeatureConverter
 from t5x_like.decoding.contract import Decoded, DecodeFn
@@ -30,6 +30,7 @@ class LossAndMetrics(NamedTuple):
     metrics: dict[str, WeightedSum]
 
 
+@runtime_checkable
 class Model(Protocol):
     """All that trainer, evaluator and exporter know of a network: pure functions of parameters and a batch."""
 
@@ -53,7 +54,9 @@ class Model(Protocol):
         """Log-likelihood of each example's targets, in nats, summed over tokens."""
         ...
 
-    def generate(self, params: Params, batch: Batch, decoder: DecodeFn, max_length: int, key: PRNGKey | None = None) -> Decoded:
+    def generate(
+        self, params: Params, batch: Batch, decoder: DecodeFn, max_length: int, key: PRNGKey | None = None
+    ) -> Decoded:
         """Outputs for each example, best first."""
         ...
 

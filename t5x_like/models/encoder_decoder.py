@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,14 @@ from t5x_like.models.losses import cross_entropy
 from t5x_like.typing import Array, Batch, Float, Int, Params, PRNGKey, PyTree
 
 
+@runtime_checkable
 class EncoderDecoderNetwork(Protocol):
     """What the model calls by name: see `architectures.t5.T5`."""
 
-    init: Callable[..., Mapping[str, PyTree]]
-    apply: Callable[..., PyTree]
+    @property
+    def init(self) -> Callable[..., Mapping[str, PyTree]]: ...
+    @property
+    def apply(self) -> Callable[..., PyTree]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +35,14 @@ class EncoderDecoderModel:
       z_loss: weight of logsumexp(logits)**2, which keeps logits from drifting (T5 uses 1e-4).
       label_smoothing: probability given away evenly to the wrong tokens.
       eos_id: ends an output.
+      start_id: is fed before the first token of an output.
     """
 
     network: EncoderDecoderNetwork
     z_loss: float = 1e-4
     label_smoothing: float = 0.0
     eos_id: int = 1
+    start_id: int = 0
 
     def init(self, key: PRNGKey, batch: Batch) -> Params:
         """Fresh parameters; the values of `batch` do not matter, and nor does its size."""
@@ -65,7 +70,10 @@ class EncoderDecoderModel:
     def loss(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> LossAndMetrics:
         """Cross entropy with z-loss and smoothing, and what is worth watching beside it."""
         logits = self.logits(params, batch, key)
-        targets, weights = batch["decoder_target_tokens"], jnp.asarray(batch["decoder_loss_weights"], jnp.float32)
+        targets, weights = (
+            batch["decoder_target_tokens"],
+            jnp.asarray(batch["decoder_loss_weights"], jnp.float32),
+        )
         tokens = cross_entropy(logits, targets, self.label_smoothing, self.z_loss)
         correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
         count = weights.sum()
@@ -106,7 +114,7 @@ class EncoderDecoderModel:
             )
             return logits[:, 0], {"network": updated["cache"], "is_real": cache["is_real"]}
 
-        start = jnp.zeros((inputs.shape[0], 1), jnp.int32)
+        start = jnp.full((inputs.shape[0], 1), self.start_id, jnp.int32)
         cache = {"network": made["cache"], "is_real": is_real}
         return decoder(Stepper(step, reorder_cache), cache, start, max_length, self.eos_id, key)
 

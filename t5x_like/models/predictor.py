@@ -35,7 +35,12 @@ class Predictor:
         return self._run(self._score, params, batch)
 
     def generate(
-        self, params: Params, batch: Mapping[str, np.ndarray], decoder: DecodeFn, max_length: int, key: PRNGKey | None = None
+        self,
+        params: Params,
+        batch: Mapping[str, np.ndarray],
+        decoder: DecodeFn,
+        max_length: int,
+        key: PRNGKey | None = None,
     ) -> tuple[Int[np.ndarray, "batch samples length"], Float[np.ndarray, "batch samples"]]:
         """Tokens and scores, best first."""
         return tuple(self._run(self._generate(decoder, max_length), params, batch, key))
@@ -65,7 +70,9 @@ class Predictor:
     def _jit(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         return jax.jit(function, out_shardings=self.partitioner.sharding())
 
-    def _run(self, function: Callable[..., PyTree], params: Params, batch: Mapping[str, np.ndarray], *rest: PyTree) -> PyTree:
+    def _run(
+        self, function: Callable[..., PyTree], params: Params, batch: Mapping[str, np.ndarray], *rest: PyTree
+    ) -> PyTree:
         with self.partitioner.active():
             arrays = host_to_devices(batch, self.partitioner.sharding("batch"))
             return jax.tree.map(np.asarray, function(params, arrays, *rest))

@@ -94,9 +94,7 @@ class Evaluator:
 
     def _batches(self, task: seqio.Task, predictor: Predictor) -> Iterator[EvalBatch]:
         converter = predictor.model.converter
-        return eval_batches(
-            self.dataset, task, converter, self.max_examples, jax.process_index(), jax.process_count()
-        )
+        return eval_batches(self.dataset, task, converter, self.max_examples, jax.process_index(), jax.process_count())
 
 
 def write_rows(model_dir: str | Path, step: int, result: TaskResult) -> Path:
@@ -140,7 +138,9 @@ class EarlyStopping:
         """
         known = [name for metrics in history.values() for name in metrics]
         if known and self.metric not in known:
-            raise UserError(f"EarlyStopping.metric {self.metric!r} is not reported; these are: {', '.join(dict.fromkeys(known))}")
+            raise UserError(
+                f"EarlyStopping.metric {self.metric!r} is not reported; these are: {', '.join(dict.fromkeys(known))}"
+            )
         sign = 1.0 if self.mode == "max" else -1.0
         values = [sign * history[step][self.metric] for step in sorted(history) if self.metric in history[step]]
         best, waited = -np.inf, 0

@@ -20,30 +20,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from t5x_like.architectures.variables import named_leaves, parameter_name
 from t5x_like.errors import UserError
 from t5x_like.training import schedules
 from t5x_like.typing import Array, Float, Int, Params, PyTree, Scalar
 
-Leaf = Array | np.ndarray | jax.ShapeDtypeStruct
-
 SCANNED_LAYERS: Mapping[str, int] = MappingProxyType({"layers": 1})
 """Which axis of a leaf is a stack: below the name `layers`, axis 1 counts layers (T5X's scalable_t5)."""
-
-
-# ---- Parameter names ----
-
-
-def parameter_name(path: tuple[jax.tree_util.KeyEntry, ...]) -> str:
-    """Name of the leaf at a JAX key path, e.g. `encoder/layers_0/mlp/wi_0/kernel`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def named_leaves(tree: PyTree) -> list[tuple[str, Leaf]]:
-    """Every leaf of a tree with its name, in the order of `jax.tree.leaves`."""
-    return [(parameter_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
 
 
 # ---- Optimisers ----
@@ -153,15 +138,11 @@ def partition(
 
     def labels(params: Params) -> PyTree[str]:
         names = [name for name, _ in named_leaves(params)]
-        found = [
-            next((r for r, pattern in patterns.items() if pattern.fullmatch(n)), "default") for n in names
-        ]
+        chosen = [next((r for r, p in patterns.items() if p.fullmatch(name)), "default") for name in names]
         for rule, pattern in patterns.items():
-            if (
-                names and rule not in found
-            ):  # optax calls init with an empty tree too, to learn the state's form
+            if names and rule not in chosen:  # optax.tree_map_params asks with an empty tree
                 raise _matches_nothing(pattern.pattern, names)
-        return jax.tree.unflatten(jax.tree.structure(params), found)
+        return jax.tree.unflatten(jax.tree.structure(params), chosen)
 
     return optax.partition({"default": default, **transformations}, labels)
 
@@ -233,7 +214,7 @@ def ema_params(opt_state: optax.OptState) -> Params | None:
 
 
 class _Matrix(NamedTuple):
-    """The axes of a leaf which are its matrix's rows and columns; the others are the stack."""
+    """The axes of a leaf that are its matrices' rows and columns; along the others, matrices are stacked."""
 
     rows: tuple[int, ...]
     cols: tuple[int, ...]
@@ -262,13 +243,11 @@ def _map_matrices(
     stacked_axes: Mapping[str, int], function: Callable[..., PyTree], tree: Params, *others: PyTree
 ) -> PyTree:
     """Maps function(matrix, leaf, *others' leaves) over the leaves of a tree."""
-    return jax.tree.map_with_path(
-        lambda path, leaf, *rest: function(
-            _matrix(parameter_name(path), leaf.shape, stacked_axes), leaf, *rest
-        ),
-        tree,
-        *others,
-    )
+
+    def on_leaf(path: tuple[jax.tree_util.KeyEntry, ...], leaf: Array, *rest: PyTree) -> PyTree:
+        return function(_matrix(parameter_name(path), leaf.shape, stacked_axes), leaf, *rest)
+
+    return jax.tree.map_with_path(on_leaf, tree, *others)
 
 
 class _Moments(NamedTuple):

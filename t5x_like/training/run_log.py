@@ -375,3 +375,14 @@ def git_revision(folder: Path) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def read_evaluations(model_dir: str | Path) -> dict[int, dict[str, float]]:
+    """What `RunLog.evaluation` has reported so far: step -> value by `TASK/METRIC`; empty where nothing has."""
+    path = Path(model_dir) / "metrics" / "evaluations.jsonl"
+    reported: dict[int, dict[str, float]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        values = {name.removeprefix("eval/"): value for name, value in row.items() if name != "step" and value is not None}
+        reported.setdefault(row["step"], {}).update(values)
+    return reported

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
+from t5x_like.architectures.variables import named_axes, named_leaves, parameter_name
 from t5x_like.models.contract import Model
 from t5x_like.sharding import LogicalAxes, Partitioner, check_divisible
-from t5x_like.training.optimizers import named_leaves, parameter_name
 from t5x_like.typing import Array, Batch, Int, Params, PyTree
 
 
@@ -51,7 +51,7 @@ def state_shardings(
 
     def like_its_parameter(path: tuple[jax.tree_util.KeyEntry, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name = parameter_name(path)
-        owner = next((n for n in parameter_shapes if name == n or name.endswith("/" + n)), None)
+        owner = max((n for n in parameter_shapes if f"/{name}".endswith(f"/{n}")), key=len, default=None)
         names = _inherited_axes(leaf.shape, parameter_shapes[owner], parameter_axes[owner]) if owner else ()
         sharding = partitioner.sharding(*names)
         return sharding if _divides(sharding, leaf.shape) else partitioner.sharding()
@@ -78,12 +78,6 @@ def create_sharded(
 def count_parameters(params: Params) -> int:
     """How many numbers a parameter tree (or a tree of shapes) holds."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-def named_axes(axes: PyTree) -> list[tuple[str, LogicalAxes]]:
-    """Every tuple of axis names in `Model.logical_axes`, with its parameter's name."""
-    leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
-    return [(parameter_name(path), names) for path, names in leaves]
 
 
 def _inherited_axes(shape: tuple[int, ...], owner_shape: tuple[int, ...], owner_axes: LogicalAxes) -> LogicalAxes:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -42,11 +42,16 @@ class Progress(NamedTuple):
     interrupted: bool
 
 
+@runtime_checkable
 class Hook(Protocol):
     """Something that happens between steps."""
 
+    def due(self, progress: Progress) -> bool:
+        """Whether it is to happen now."""
+        ...
+
     def __call__(self, progress: Progress) -> bool:
-        """Called after every step; True ends the run (the hooks after this one still run, with `last` set)."""
+        """Does it; True ends the run (hooks that follow are asked again, with `last` set)."""
         ...
 
 
@@ -101,8 +106,9 @@ class Trainer:
                 monitor.add(step, report, batch, last)
                 progress = Progress(step, state, position, last, interrupted())
                 for hook in hooks:
-                    if hook(progress):
-                        progress = progress._replace(last=True)
+                    if hook.due(progress):
+                        with monitor.paused():
+                            progress = progress._replace(last=hook(progress) or progress.last)
                 if progress.last:
                     monitor.flush()
                     return state
@@ -112,7 +118,9 @@ class Trainer:
 class Monitor:
     """Reads the reports of steps, logs them, and stops a run that has gone astray."""
 
-    def __init__(self, trainer: Trainer, log: RunLog, model_dir: str | Path, flops_per_step: float, peak_flops: float) -> None:
+    def __init__(
+        self, trainer: Trainer, log: RunLog, model_dir: str | Path, flops_per_step: float, peak_flops: float
+    ) -> None:
         """Starts the clock.
 
         Args:
@@ -125,7 +133,13 @@ class Monitor:
         self._trainer, self._log, self._folder = trainer, log, Path(model_dir) / "non_finite"
         self._flops, self._peak = flops_per_step, peak_flops
         self._pending: tuple[int, StepReport, Mapping[str, np.ndarray], bool] | None = None
-        self._clock, self._steps, self._tokens, self._skipped, self._in_a_row = time.perf_counter(), 0, 0, 0, 0
+        self._clock, self._steps, self._tokens, self._skipped, self._in_a_row = (
+            time.perf_counter(),
+            0,
+            0,
+            0,
+            0,
+        )
 
     def add(self, step: int, report: StepReport, batch: Mapping[str, np.ndarray], last: bool) -> None:
         """Takes a step's report, and reads that of the step before."""
@@ -147,6 +161,14 @@ class Monitor:
         if self._in_a_row >= self._trainer.max_skipped_updates:
             self._fail(step, batch)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, time does not count as training: steps under way are waited for first."""
+        self.flush()
+        start = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - start
+
     def _report(self, step: int, report: StepReport) -> None:
         now = time.perf_counter()
         seconds = (now - self._clock) / self._steps
@@ -155,7 +177,7 @@ class Monitor:
             "target_tokens": float(report.tokens),
             "skipped_updates": float(self._skipped),
             "seconds_per_step": seconds,
-            "tokens_per_second": self._tokens / (now - self._clock),
+            "tokens_per_second": self._tokens / (seconds * self._steps),
             "model_flops_per_second": self._flops / seconds,
             "share_of_matmul_peak": self._flops / seconds / self._peak,
             "memory_gib": peak_memory_gib(),

@@ -1,5 +1,6 @@
 import lzma
 import stat
+from collections.abc import Callable
 
 import pytest
 
@@ -39,12 +40,12 @@ def test_wordnet_has_no_word_in_two_splits() -> None:
     sizes = {split: len(senses) for split, senses in splits.items()}
     assert sizes == {"train": 73935, "validation": 4068, "test": 4111}  # the hash must never change
     assert len({sense.supersense for sense in splits["train"]}) == 26
-    scup = "found in Atlantic coastal waters of North America from South Carolina to Maine; esteemed as a panfish"
-    assert corpora.Sense("scup", scup, "animal") in splits["train"][:10]
+    highness = corpora.Sense("highness", "the quality of being high or lofty", "attribute")
+    assert highness in splits["train"][:10]
 
 
 @pytest.mark.parametrize("corpus", [corpora.austen, corpora.bible, corpora.wordnet])
-def test_an_unknown_split_is_named_with_the_known_ones(corpus) -> None:  # noqa: ANN001
+def test_an_unknown_split_is_named_with_the_known_ones(corpus: Callable[[str], tuple]) -> None:
     with pytest.raises(UserError, match="no split 'dev'; it has train, validation"):
         corpus("dev")
 

@@ -59,7 +59,7 @@ def test_bleu_pools_the_counts_of_the_corpus() -> None:
 
 
 def test_chrf_by_hand() -> None:
-    # Against "abc", "ab" has all its 1- and 2-grams right: precision 1, recall (2/3 + 1/2) / 2 = 7/12, beta 2.
+    # "ab" has 1- and 2-grams, all of them in "abc": precision 1, recall (2/3 + 1/2) / 2 = 7/12, beta 2.
     assert metrics.chrf(["abc"], ["ab"])["chrf"] == pytest.approx(100 * 5 * (7 / 12) / (4 + 7 / 12), abs=1e-9)
 
 

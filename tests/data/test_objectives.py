@@ -172,7 +172,7 @@ def test_no_token_is_lost_and_the_last_chunk_is_kept_even_with_one_token() -> No
 
 def test_the_noise_is_a_function_of_the_seed() -> None:
     documents = [list(range(300, 3000))]
-    lengths = {"inputs": 64, "targets": 16}
+    lengths = {"inputs": 128, "targets": 32}
 
     def corrupted(seed: int) -> list[list[int]]:
         return [example["inputs"].tolist() for example in corrupt_documents(documents, lengths, seed)]

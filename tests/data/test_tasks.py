@@ -10,11 +10,16 @@ from t5x_like.data import corpora, objectives, tasks
 from t5x_like.data.vocabularies import byte_vocabulary, sentencepiece_vocabulary
 from t5x_like.errors import UserError
 
-LENGTHS = {"inputs": 512, "targets": 114}
+LENGTHS = {"inputs": 512, "targets": 512}
 TASKS = ["austen_span_corruption", "bible_en_es", "bible_es_en", "wordnet_supersense"]
 MIXTURES = {
     "bible_translation": ["bible_en_es", "bible_es_en"],
     "quickstart": ["bible_en_es", "wordnet_supersense"],
+}
+PREFIXES = {
+    "bible_en_es": "translate English to Spanish: ",
+    "bible_es_en": "translate Spanish to English: ",
+    "wordnet_supersense": "supersense: ",
 }
 Example = dict[str, np.ndarray | bytes]
 
@@ -23,7 +28,7 @@ def first(task: seqio.Task, split: str = "validation", count: int = 1) -> list[E
     return list(task.get_dataset(LENGTHS, split, shuffle=False, seed=0).take(count).as_numpy_iterator())
 
 
-def text(task: seqio.Task, example: Example, feature: str) -> str:
+def text(task: seqio.Task | seqio.Mixture, example: Example, feature: str) -> str:
     assert example[feature][-1] == 1  # EOS
     return task.output_features[feature].vocabulary.decode(example[feature])
 
@@ -66,20 +71,24 @@ def test_mixtures_have_their_parts_at_equal_rates(name: str, parts: list[str]) -
     mixture = tasks.get_task_or_mixture(name)
     assert [task.name for task in mixture.tasks] == parts
     assert [mixture.get_rate(task) for task in mixture.tasks] == [1.0, 1.0]
-    examples = mixture.get_dataset(LENGTHS, "validation", seed=3, num_epochs=1).take(40)
-    assert all(set(example) == {"inputs", "targets"} for example in examples)
+    examples = mixture.get_dataset(LENGTHS, "validation", seed=3, num_epochs=1).take(200).as_numpy_iterator()
+    inputs = [text(mixture, example, "inputs") for example in examples]
+    shares = [np.mean([line.startswith(PREFIXES[part]) for line in inputs]) for part in parts]
+    assert sum(shares) == 1.0
+    assert 0.4 < shares[0] < 0.6
 
 
 @pytest.mark.parametrize("vocabulary", [sentencepiece_vocabulary(), byte_vocabulary()])
 def test_examples_read_as_they_should_in_both_vocabularies(vocabulary: seqio.Vocabulary) -> None:
     expected = {
-        "bible_en_es": ("translate English to Spanish: {0.english}", "{0.spanish}", corpora.bible),
-        "bible_es_en": ("translate Spanish to English: {0.spanish}", "{0.english}", corpora.bible),
-        "wordnet_supersense": ("supersense: {0.word}: {0.definition}", "{0.supersense}", corpora.wordnet),
+        "bible_en_es": ("{0.english}", "{0.spanish}", corpora.bible),
+        "bible_es_en": ("{0.spanish}", "{0.english}", corpora.bible),
+        "wordnet_supersense": ("{0.word}: {0.definition}", "{0.supersense}", corpora.wordnet),
     }
     for name, (inputs, targets, corpus) in expected.items():
         task = tasks.with_vocabulary(tasks.get_task_or_mixture(name), vocabulary)
         row, (example,) = corpus("validation")[0], first(task)
+        inputs = PREFIXES[name] + inputs
         assert text(task, example, "inputs") == inputs.format(row)
         assert text(task, example, "targets") == targets.format(row)
         assert example["inputs_pretokenized"].decode() == inputs.format(row)
@@ -119,6 +128,8 @@ def test_shards_are_stretches_that_make_up_the_whole(name: str) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     with pytest.raises(UserError, match="too few for 100000 shards"):
         source.get_dataset("validation", shard_info=seqio.ShardInfo(0, 100000))
+    with pytest.raises(UserError, match="has 0 rows, too few for 1 shards"):
+        tasks.CorpusSource(lambda split: (), ["train"]).get_dataset("train")
 
 
 def test_shuffling_follows_the_seed_and_reaches_over_all_rows() -> None:

@@ -1,5 +1,7 @@
 """Schedules at steps where the numbers are known by hand."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,7 @@ from t5x_like.training import schedules
         (schedules.product((optax.constant_schedule(3.0), schedules.constant(2.0))), {7: 6.0}),
     ],
 )
-def test_by_hand(schedule, values):
+def test_by_hand(schedule: schedules.Schedule, values: dict[int, float]) -> None:
     jitted = jax.jit(schedule)
     for step, value in values.items():
         for rate in (schedule(step), jitted(jnp.int32(step))):
@@ -51,6 +53,6 @@ def test_by_hand(schedule, values):
         (lambda: schedules.cosine(1.0, total_steps=5, warmup_steps=-1), "cosine: warmup_steps is -1"),
     ],
 )
-def test_refuses_impossible_steps(make, message):
+def test_refuses_impossible_steps(make: Callable[[], schedules.Schedule], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Cross entropy against a naive one-hot NumPy form in float64, by hand, and where floats are at their limits."""
+"""Cross entropy against a naive one-hot form in float64, by hand, and where floats are at their limits."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from t5x_like.errors import UserError
-from t5x_like.training.losses import cross_entropy
+from t5x_like.models.losses import TokenLoss, cross_entropy
+from t5x_like.typing import Array
 
 
-def naive(logits, targets, label_smoothing, z_loss):
+def naive(
+    logits: np.ndarray | Array, targets: np.ndarray, label_smoothing: float, z_loss: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """T5X's definition with its one-hot targets: (loss, z-loss, gradient of the summed loss)."""
     logits = np.asarray(logits, np.float64)
     vocab = logits.shape[-1]
@@ -25,13 +28,13 @@ def naive(logits, targets, label_smoothing, z_loss):
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_agrees_with_one_hot_form(label_smoothing, z_loss):
+def test_agrees_with_one_hot_form(label_smoothing: float, z_loss: float) -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 3, (2, 5, 11)).astype(np.float32)
     targets = rng.integers(0, 11, (2, 5))
     loss, z_losses, gradient = naive(logits, targets, label_smoothing, z_loss)
 
-    def total(x):
+    def total(x: Array) -> tuple[Array, TokenLoss]:
         result = cross_entropy(x, jnp.asarray(targets), label_smoothing, z_loss)
         return result.loss.sum(), result
 
@@ -41,21 +44,21 @@ def test_agrees_with_one_hot_form(label_smoothing, z_loss):
     np.testing.assert_allclose(grad, gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_by_hand():
+def test_by_hand() -> None:
     # softmax (1/4, 3/4), log Z = log 4: loss of the second entry log(4/3), z-loss (log 4)^2 / 10.
     result = cross_entropy(jnp.log(jnp.array([[1.0, 3.0]])), jnp.array([1]), z_loss=0.1)
     np.testing.assert_allclose(result.z_loss, [0.19218121], rtol=1e-6)
     np.testing.assert_allclose(result.loss, [0.28768207 + 0.19218121], rtol=1e-6)
 
 
-def test_best_smoothed_prediction_costs_nothing():
+def test_best_smoothed_prediction_costs_nothing() -> None:
     best = jnp.log(jnp.array([0.05, 0.05, 0.85, 0.05]))
     loss = cross_entropy(best, jnp.array(2), label_smoothing=0.15).loss
     np.testing.assert_allclose(loss, 0.0, atol=1e-6)
 
 
-def test_huge_logits():
-    # Exact in float64: 20000 where the target is lowest, log 2 where two are highest, 0 where it is highest alone.
+def test_huge_logits() -> None:
+    # 20000 where the target is lowest, log 2 where two are highest, 0 where it is highest alone.
     logits = jnp.array([[1e4, -1e4, 0.0], [1e4, 1e4, -1e4], [-1e4, -1e4, 1e4]])
     targets = jnp.array([1, 0, 2])
     loss = cross_entropy(logits, targets, z_loss=1e-4)
@@ -65,9 +68,11 @@ def test_huge_logits():
     np.testing.assert_array_equal(grad, [[1.0, -1.0, 0.0], [-0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])
 
 
-def test_bfloat16_logits_are_upcast():
+def test_bfloat16_logits_are_upcast() -> None:
     logits = jnp.asarray(np.random.default_rng(1).normal(0, 3, (4, 300)), jnp.bfloat16)
-    logits = logits.at[0, 0].set(18.0)  # p = 0.9995, which bfloat16 cannot tell from 1: its gradient must not be 0
+    logits = logits.at[0, 0].set(
+        18.0
+    )  # p = 0.9995, which bfloat16 cannot tell from 1: its gradient must not be 0
     targets = jnp.array([0, 7, 42, 299])
     expected, expected_z, expected_grad = naive(logits.astype(jnp.float32), np.asarray(targets), 0.1, 1e-2)
     result = cross_entropy(logits, targets, 0.1, 1e-2)
@@ -79,7 +84,7 @@ def test_bfloat16_logits_are_upcast():
     np.testing.assert_allclose(np.asarray(grad, np.float32), expected_grad, rtol=2**-8, atol=1e-7)
 
 
-def test_removed_entries_and_foreign_targets():
+def test_removed_entries_and_foreign_targets() -> None:
     logits = jnp.array([[0.0, -jnp.inf, 0.0], [0.0, 0.0, 0.0]])
     loss = cross_entropy(logits, jnp.array([2, 3])).loss
     np.testing.assert_allclose(loss[0], 0.6931472, rtol=1e-6)
@@ -88,7 +93,7 @@ def test_removed_entries_and_foreign_targets():
     np.testing.assert_allclose(grad[0], [0.5, 0.0, -0.5], rtol=1e-6)
 
 
-def test_needs_one_buffer_of_the_logits_size():
+def test_needs_one_buffer_of_the_logits_size() -> None:
     """The gradient itself; one-hot targets, or shifted logits kept for the gradient, would be another."""
     logits = jax.ShapeDtypeStruct((4, 32, 4096), jnp.float32)
     targets = jax.ShapeDtypeStruct((4, 32), jnp.int32)
@@ -100,6 +105,6 @@ def test_needs_one_buffer_of_the_logits_size():
 
 
 @pytest.mark.parametrize("label_smoothing", [-0.1, 1.0])
-def test_refuses_impossible_smoothing(label_smoothing):
+def test_refuses_impossible_smoothing(label_smoothing: float) -> None:
     with pytest.raises(UserError, match=f"label_smoothing is {label_smoothing}"):
         cross_entropy(jnp.zeros((1, 2)), jnp.array([0]), label_smoothing)

@@ -43,9 +43,7 @@ def cross_entropy(
         UserError: `label_smoothing` lies outside [0, 1).
     """
     if not 0.0 <= label_smoothing < 1.0:
-        raise UserError(
-            f"label_smoothing is {label_smoothing}; as a share of probability it must lie in [0, 1)"
-        )
+        raise UserError(f"label_smoothing is {label_smoothing}; as a share of probability it must lie in [0, 1)")
     logits = logits.astype(jnp.float32)
     # Relative to the largest logit: at logits of 1e4 the plain form loses four digits.
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
