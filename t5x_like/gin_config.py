@@ -1,14 +1,13 @@
 """Gin files without surprises: every mistake is a `UserError` with file:line and the nearest right name.
 
-The language is plain gin's, read by gin's own parser, and means what it means to plain gin (tests compare).
-Gin's run time is not used: it has one config for the whole process, so that loading a second one changes the
-functions built from the first; it ignores what nothing reads; its errors do not say where. Here a config is a
-value: `load` reads, imports and checks, `run` builds and calls.
-
-One thing differs, on purpose: a function that is passed on uncalled (`@fn`, no parentheses) takes its
-bindings along, instead of looking them up in the scope of whoever calls it later.
+The language is plain gin's, read by gin's own parser, and means what it means to plain gin (the tests compare them).
+Gin's run time is not used: it has one config for the whole process, so that loading a second one changes functions
+built from the first; it ignores what nothing reads; and its errors do not say where. Here a config is a value: `load`
+reads, imports and checks, `run` builds and calls. One thing differs, on purpose: a function that is passed on uncalled
+(`@fn`, no parentheses) takes its bindings along, instead of looking them up in the scope of whoever calls it later.
 """
 
+import contextlib
 import contextvars
 import dataclasses
 import difflib
@@ -83,6 +82,7 @@ class LoadedConfig:
     command: Reference
     bindings: Mapping[tuple[str, str], Mapping[str, Binding]]  # by scope and name of a function, by parameter
     targets: Mapping[str, Callable[..., object]]  # functions and classes by name
+    imports: Sequence[str]  # modules; some register things, so that they count even when nothing in them is bound
 
     def bound(self, reference: Reference) -> dict[str, Binding]:
         """What a function gets: the scope `a/b` overrides `a`, which overrides no scope."""
@@ -92,19 +92,21 @@ class LoadedConfig:
     def operative_config(self) -> str:
         """A gin file that runs as it is: what the command leads to, and defaults of all that is called."""
         calls = _follow(self, [self.command])
-        modules = sorted({_module(call.reference.name) for call in calls} - {"gin"})
+        names = {call.reference.name for call in calls} - {_MACRO}
+        modules = sorted({*self.imports, *map(_module, names)})
         tails = [_tail(module, 1) for module in modules]
         aliases = {m: _tail(m, 1) if tails.count(_tail(m, 1)) == 1 else m.replace(".", "_") for m in modules}
-        local = functools.partial(_rename, lambda n: aliases[_module(n)] + n.removeprefix(_module(n)))
+        local = {name: aliases[_module(name)] + name.removeprefix(_module(name)) for name in names} | {_MACRO: _MACRO}
+
         settings: dict[str, object] = {}
         for call in calls:
             for scope in _outer_scopes(call.reference.scope):
-                owner = local(dataclasses.replace(call.reference, scope=scope))
+                owner = Reference(scope, local[call.reference.name], False)
                 bound = {n: b.value for n, b in self.bindings.get((scope, call.reference.name), {}).items()}
                 defaults = _defaults(call.target) if call.reference.called and not scope else {}
                 for name, value in (defaults | bound).items():
                     key = owner.key if owner.name == _MACRO else f"{owner.key}.{name}"
-                    settings[key] = _map(local, value)
+                    settings[key] = _map(functools.partial(_rename, local.__getitem__), value)
 
         lines = ["from __gin__ import dynamic_registration"]
         lines += [f"import {module}" + f" as {alias}" * (alias != module) for module, alias in aliases.items()]
@@ -127,10 +129,10 @@ def load(
 
     Args:
       command: the function that `run` will call.
-      files: later ones override earlier; looked for in `search_paths`, the current folder, and the configs of
-        t5x_like (`models/t5_1_1_small.gin`, with or without `configs/`).
-      bindings: `NAME=value` or `scope/module.function.parameter=value`, overriding files and naming modules as
-        they do; a value that is no literal, macro or reference is a string.
+      files: later ones override earlier; looked for in `search_paths`, the current folder, and the configs of t5x_like
+        (`models/t5_1_1_small.gin`, with or without `configs/`).
+      bindings: `NAME=value` or `scope/module.function.parameter=value`, overriding files and naming modules as they do;
+        a value that is no literal, macro or reference is a string.
       search_paths: folders for `files` and their includes.
       allow_imports: top-level packages that files may import besides `ALLOWED_PACKAGES`.
       roots: dotted names of other commands whose bindings count as used, so that one file can serve several.
@@ -149,7 +151,7 @@ def load(
         loader.add_command_line(binding)
     loader.import_modules()
     root = Reference("", loader.add(f"{command.__module__}.{command.__qualname__}", command), True)
-    config = LoadedConfig(root, loader.link(), loader.targets)
+    config = LoadedConfig(root, loader.link(), loader.targets, [module for module, _ in loader.imports])
     _check_all_used(config, [Reference("", name, True) for name in roots if name in loader.targets])
     return config
 
@@ -165,7 +167,7 @@ def run(config: LoadedConfig, **arguments: object) -> object:
     """
     command = _follow(config, [config.command])[-1]
     _check_complete(command, command.arguments | arguments)
-    built = _map(_build, {name: v for name, v in command.arguments.items() if name not in arguments})
+    built = {name: _map(_build, v) for name, v in command.arguments.items() if name not in arguments}
     token = _running.set(config)
     try:
         return command.target(**built, **arguments)
@@ -186,7 +188,6 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {by_lower_case[match[0]]!r}?" if match else ""
 
 
-# Reading and linking: from files to bindings of functions
 class _Delegate:
     """What gin's parser makes of `@` and `%`."""
 
@@ -202,8 +203,7 @@ class _Loader:
     """Collects statements in the order in which they take effect, imports, then finds what names mean."""
 
     def __init__(self, folders: Sequence[Path], allowed: frozenset[str]) -> None:
-        self.folders = folders
-        self.allowed = allowed
+        self.folders, self.allowed = folders, allowed
         self.symbols: dict[str, str] = {}  # for the command line: those of all files
         self.statements: list[tuple[config_parser.BindingStatement, Mapping[str, str], str]] = []
         self.imports: list[tuple[str, str]] = []  # module, location
@@ -236,16 +236,15 @@ class _Loader:
         if parsed is None and not value.startswith(("@", "%")):
             parsed = _parse_binding(f"{key} = {value!r}")
         if parsed is None or not equals:
-            raise UserError(f"--gin.{text}: write --gin.NAME=value or --gin.module.function.parameter=value.")
+            raise UserError(f"--gin.{text}: a binding is --gin.NAME=value or --gin.module.function.parameter=value.")
         self.statements.append((parsed, self.symbols, f"--gin.{text}"))
 
     def check_allowed(self, module: str, location: str) -> None:
         top = module.partition(".")[0]
         if top not in self.allowed:
-            raise UserError(
-                f"{location}: {module!r} may not be used: gin files run code, and only "
-                f"{', '.join(sorted(self.allowed))} are trusted. If you trust it, add --allow_import={top}."
-            )
+            trusted = ", ".join(sorted(self.allowed))
+            why = f"gin files run code, and only {trusted} are trusted. If you trust it, add --allow_import={top}."
+            raise UserError(f"{location}: {module!r} may not be used: {why}")
 
     def import_modules(self) -> None:
         for module, location in self.imports:
@@ -304,12 +303,12 @@ def _find(file: str, folders: Sequence[Path], asked_by: str) -> Path:
     raise UserError(f"{asked_by}no file {file!r} in {looked}.{nearest(file, shipped + beside)}")
 
 
-def _parse(text: str, path: str) -> Iterator[typing.NamedTuple]:
+def _parse(text: str, path: str) -> Iterator[typing.Any]:
     """Gin's statements; a block comes as its declaration, then its bindings."""
     try:
         yield from config_parser.ConfigParser(io.StringIO(text), _Delegate())
-    except (SyntaxError, tokenize.TokenError) as error:
-        line = error.lineno if isinstance(error, SyntaxError) else error.args[1][0]
+    except (SyntaxError, tokenize.TokenError, TypeError) as error:  # TypeError: a dictionary with a list as key
+        line = getattr(error, "lineno", None) or (error.args[1][0] if len(error.args) > 1 else 0)
         content = dict(enumerate(text.splitlines(), 1)).get(line, "").strip()
         message = " ".join(str(error.args[0]).split())
         raise UserError(f"{path}:{line}: {content!r} is not gin: {message}") from None
@@ -323,12 +322,11 @@ def _parse_binding(text: str) -> config_parser.BindingStatement | None:
     return parsed if isinstance(parsed, config_parser.BindingStatement) else None
 
 
-# Checking: from bindings to a tree of calls
 def _follow(config: LoadedConfig, roots: Iterable[Reference]) -> list[Call]:
     """Everything that references lead to, parts before wholes; checks arguments, and refuses circles."""
     calls: list[Call] = []
 
-    def follow(leaf: object, scope: str, location: str, path: tuple[Reference, ...]) -> object:
+    def follow(scope: str, location: str, path: tuple[Reference, ...], leaf: object) -> object:
         if not isinstance(leaf, Reference):
             return leaf
         reference = dataclasses.replace(leaf, scope=leaf.scope or scope)
@@ -337,21 +335,21 @@ def _follow(config: LoadedConfig, roots: Iterable[Reference]) -> list[Call]:
             raise UserError(f"{location}: {circle} leads back to itself.")
         call = Call(config.targets[reference.name], reference, location, {})
         for name, binding in config.bound(reference).items():
-            here = {"scope": reference.scope, "location": binding.location, "path": (*path, reference)}
-            call.arguments[name] = _map(functools.partial(follow, **here), binding.value)
+            inside = functools.partial(follow, reference.scope, binding.location, (*path, reference))
+            call.arguments[name] = _map(inside, binding.value)
             _check_argument(call, name, binding, _origin(config, binding))
         calls.append(call)
         return call.arguments["value"] if reference.name == _MACRO and call.arguments else call
 
     for root in roots:
-        follow(root, "", "", ())
+        follow("", "", (), root)
     return calls
 
 
 def _origin(config: LoadedConfig, binding: Binding) -> Binding:
     """For a macro, the binding that defines it."""
-    macro = isinstance(binding.value, Reference) and binding.value.name == _MACRO
-    inner = config.bound(binding.value).get("value") if macro else None
+    value = binding.value
+    inner = config.bound(value).get("value") if isinstance(value, Reference) and value.name == _MACRO else None
     return _origin(config, inner) if inner else binding
 
 
@@ -384,10 +382,9 @@ def _check_all_used(config: LoadedConfig, roots: Iterable[Reference]) -> None:
 
 
 def _check_complete(call: Call, given: Iterable[str]) -> None:
-    parameters = _parameters(call.target).items()
-    missing = [name for name, p in parameters if p.default is p.empty and name not in given]
+    missing = [n for n, p in _parameters(call.target).items() if p.default is p.empty and n not in given]
     if missing and call.reference.name == _MACRO:
-        raise UserError(f"{call.location}: needs a value. Bind it in a later file or on the command line.")
+        raise UserError(f"{call.location}: a value is required here. Set it in a later file or on the command line.")
     if missing:
         short, place = _tail(call.reference.name, 2), f"{call.location}: " * bool(call.location)
         flags = " ".join(f"--gin.{short}.{name}=value" for name in missing)
@@ -400,8 +397,11 @@ def _check_argument(call: Call, parameter: str, binding: Binding, written: Bindi
     if parameters and parameter not in parameters:
         hint = nearest(parameter, parameters) or f" It has {', '.join(parameters)}."
         raise UserError(f"{binding.location}: {short} has no parameter {parameter!r}.{hint}")
-    known = parameters.get(parameter)
-    if known and not _accepts(known.annotation, value) and not _same(known.default, value):
+    if (
+        (known := parameters.get(parameter))
+        and not _accepts(known.annotation, value)
+        and not _same(known.default, value)
+    ):
         expected = inspect.formatannotation(known.annotation)
         raise UserError(f"{written.location}: {short}.{parameter} takes {expected}, not {written.value!r}.")
 
@@ -416,13 +416,15 @@ def _accepts(annotation: object, value: object) -> bool:
     if origin is typing.Literal:
         return any(_same(arg, value) for arg in args)
     if origin is tuple and args and args[-1] is not ...:
-        return type(value) is tuple and len(value) == len(args) and all(map(_accepts, args, value))
-    kinds = {float: (float, int), Sequence: (list, tuple), Mapping: (dict,)}.get(origin, (origin,))
+        return isinstance(value, tuple) and len(value) == len(args) and all(map(_accepts, args, value))
     if origin in (list, tuple, Sequence):
-        return type(value) in kinds and all(_accepts(arg, item) for arg in args[:1] for item in value)
+        if not isinstance(value, list | tuple) or origin not in (type(value), Sequence):
+            return False
+        return all(_accepts(arg, item) for arg in args[:1] for item in value)
     if origin in (dict, Mapping):
-        return type(value) in kinds and all(all(map(_accepts, args, item)) for item in value.items())
-    return type(value) in kinds if origin in (bool, int, float, str, types.NoneType) else True
+        return isinstance(value, dict) and all(all(map(_accepts, args, item)) for item in value.items())
+    plain = origin in (bool, int, float, str, types.NoneType)
+    return not plain or type(value) is origin or (origin is float and type(value) is int)
 
 
 def _same(left: object, right: object) -> bool:
@@ -431,12 +433,10 @@ def _same(left: object, right: object) -> bool:
 
 def _parameters(target: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
     """What can be bound; nothing if that is not known, or anything can be."""
-    try:
-        parameters = inspect.signature(target, eval_str=True).parameters
-    except NameError:  # annotated with what is imported for type checkers only
-        parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):  # some built-in functions have no signature
-        return {}
+    parameters: Mapping[str, inspect.Parameter] = {}
+    for eval_str in (False, True):  # some built-in functions have no signature, and some annotations no value
+        with contextlib.suppress(Exception):
+            parameters = inspect.signature(target, eval_str=eval_str).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return {}
     return {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -444,17 +444,19 @@ def _parameters(target: Callable[..., object]) -> Mapping[str, inspect.Parameter
 
 def _defaults(target: Callable[..., object]) -> dict[str, object]:
     """Parameters whose defaults can be written in a gin file."""
-    defaults = {name: p.default for name, p in _parameters(target).items()}
-    read = {name: _parse_binding(f"x = {default!r}") for name, default in defaults.items()}
-    return {n: value for n, value in defaults.items() if read[n] and _same(read[n].value, value)}
+    defaults = {}
+    for name, p in _parameters(target).items():
+        written = _parse_binding(f"x = {p.default!r}")
+        if written and _same(written.value, p.default):
+            defaults[name] = p.default
+    return defaults
 
 
-# Building, and what all parts need
 def _build(value: object) -> object:
     """Calls what is to be called, from the inside out."""
     if not isinstance(value, Call):
         return value
-    arguments = _map(_build, value.arguments)
+    arguments = {name: _map(_build, argument) for name, argument in value.arguments.items()}
     if not value.reference.called:
         return functools.partial(value.target, **arguments) if arguments else value.target
     _check_complete(value, arguments)
@@ -475,8 +477,9 @@ def _map(function: Callable[[object], object], value: object) -> object:
 
 
 def _rename(rename: Callable[[str], str], leaf: object) -> object:
-    keep = not isinstance(leaf, Reference) or leaf.name == _MACRO
-    return leaf if keep else dataclasses.replace(leaf, name=rename(leaf.name))
+    if not isinstance(leaf, Reference) or leaf.name == _MACRO:
+        return leaf
+    return dataclasses.replace(leaf, name=rename(leaf.name))
 
 
 def _outer_scopes(scope: str) -> list[str]:

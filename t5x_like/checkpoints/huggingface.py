@@ -7,7 +7,7 @@ import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from t5x_like.architectures.stack import LayerStack
 from t5x_like.architectures.t5 import T5, Decoder, DecoderLayer, Encoder, EncoderLayer
+from t5x_like.architectures.variables import named_leaves, parameter_name
 from t5x_like.errors import UserError
 from t5x_like.layers.attention import MultiHeadAttention
 from t5x_like.layers.linear import Embedding, Linear, default_dtype
@@ -24,7 +25,6 @@ from t5x_like.layers.mlp import MlpBlock
 from t5x_like.layers.norms import RMSNorm
 from t5x_like.layers.positions import RelativePositionBias
 from t5x_like.models.encoder_decoder import EncoderDecoderModel
-from t5x_like.training.optimizers import named_leaves, parameter_name
 from t5x_like.typing import Params
 
 _MODULES = {
@@ -110,7 +110,8 @@ def load(folder: str | Path, dtype: str | None = None) -> Loaded:
     folder = Path(folder)
     config = _Config.read(folder / "config.json")
     tensors = _read_tensors(folder)
-    network = config.network(_HEAD not in tensors, dtype or default_dtype())
+    config = dataclasses.replace(config, tie_word_embeddings=_HEAD not in tensors)
+    network = config.network(dtype or default_dtype())
     model = EncoderDecoderModel(network, eos_id=config.eos_token_id, start_id=config.decoder_start_token_id)
     return Loaded(model, _parameters(model, tensors, folder), config.model_type)
 
@@ -170,7 +171,7 @@ class _Config:
     decoder_start_token_id: int
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path) -> "_Config":
         """Reads `config.json`, old ones with their defaults."""
         entries = {name: value for name, value in _read_json(path).items() if value is not None}
         model_type = entries.get("model_type")
@@ -189,8 +190,6 @@ class _Config:
             "decoder_start_token_id": entries.get("pad_token_id", 0),
         }
         entries = defaults | entries
-        if model_type == "mt5":  # never scales
-            entries["scale_decoder_outputs"] = False
         for name, kind in typing.get_type_hints(cls).items():
             if not isinstance(entries.get(name), kind):
                 found = f"is {entries[name]!r}" if name in entries else "is missing"
@@ -201,11 +200,13 @@ class _Config:
         return cls(**{field.name: entries[field.name] for field in dataclasses.fields(cls)})
 
     @classmethod
-    def of(cls, model: EncoderDecoderModel, model_type: str | None) -> Self:
+    def of(cls, model: EncoderDecoderModel, model_type: str | None) -> "_Config":
         """The config whose `network` computes what the model's does, or a `UserError`."""
         network = model.network
         if not isinstance(network, T5):
             raise UserError(f"save: Hugging Face's T5 cannot be a {type(network).__name__}")
+        if model_type not in (None, *_CLASSES):
+            raise UserError(f"save: model_type {model_type!r} is not one of {', '.join(_CLASSES)}")
         embedder, encoder, decoder = network.token_embedder, network.encoder, network.decoder
         try:
             layer = encoder.stack.pattern[0]
@@ -232,7 +233,7 @@ class _Config:
             )
         except (AttributeError, KeyError) as error:
             raise UserError(f"save: Hugging Face's T5 cannot be this network: {error}") from error
-        theirs = dict(_settings(config.network(config.tie_word_embeddings, embedder.dtype)))
+        theirs = dict(_settings(config.network(embedder.dtype)))
         for name, value in _settings(network):
             if value != theirs.get(name):
                 raise UserError(
@@ -240,8 +241,8 @@ class _Config:
                 )
         return config
 
-    def network(self, tied: bool, dtype: str) -> T5:
-        """The network; `tied` if the embedding gives the logits."""
+    def network(self, dtype: str) -> T5:
+        """The network, its layers in a loop."""
         rate, norm = float(self.dropout_rate), RMSNorm(float(self.layer_norm_epsilon))
         attention = MultiHeadAttention(self.num_heads, self.d_kv, rate, dtype)
         mlp = MlpBlock(self.d_ff, _ACTIVATIONS[self.feed_forward_proj], rate, dtype)
@@ -253,13 +254,13 @@ class _Config:
         decoder_layer = DecoderLayer(attention, attention, mlp, rate, norm, None if shared else decoder_bias)
         encoder_stack = LayerStack((encoder_layer,), self.num_layers)
         decoder_stack = LayerStack((decoder_layer,), self.num_decoder_layers)
-        head = None if tied else Linear((self.vocab_size,), ("embed", "vocab"))
+        head = None if self.tie_word_embeddings else Linear((self.vocab_size,), ("embed", "vocab"))
         return T5(
             Embedding(self.vocab_size, self.d_model, dtype),
             Encoder(encoder_stack, rate, norm, encoder_bias if shared else None),
             Decoder(decoder_stack, rate, norm, decoder_bias if shared else None, head),
-            self.scale_decoder_outputs,
-            self.pad_token_id,
+            scale_decoder_output=self.scale_decoder_outputs and self.model_type != "mt5",  # which never scales
+            pad_id=self.pad_token_id,
         )
 
 

@@ -81,10 +81,9 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         """Raises `UserError` for a number that can never work."""
-        lengths = {
-            f"task_feature_lengths[{name!r}]": size for name, size in self.task_feature_lengths.items()
-        }
-        for name, value in {"batch_size": self.batch_size, "num_shards": self.num_shards, **lengths}.items():
+        sizes = {"batch_size": self.batch_size, "num_shards": self.num_shards}
+        sizes |= {f"task_feature_lengths[{name!r}]": size for name, size in self.task_feature_lengths.items()}
+        for name, value in sizes.items():
             if value < 1:
                 raise UserError(f"DatasetConfig.{name} is {value}; it must be at least 1")
         if self.seed < 0:
@@ -239,14 +238,14 @@ class TrainLoader:
 
     def _rows(self, shard: int, start: ShardPosition) -> Iterator[tuple[Row, ShardPosition]]:
         """Rows of one shard, each with the position after it."""
-        streams = [
-            _TaskStream(task, self._config, self._converter, shard, start["tasks"][task.name])
-            for task, _ in self._mixed
-        ]
+        config, features = self._config, self._converter.task_features
+        places = start["tasks"]
+        streams = [_TaskStream(task, config, features, shard, *places[task.name]) for task, _ in self._mixed]
+        readers = [stream.examples() for stream in streams]
         done = start["row"]
         for block in itertools.count(start["block"]):
             places = {stream.task.name: [stream.epoch, stream.index] for stream in streams}
-            examples = (next(streams[choice]) for choice in self._choices(shard, block))
+            examples = (next(readers[choice]) for choice in self._choices(shard, block))
             for number, row in enumerate(self._group(examples), start=1):
                 if number > done:
                     yield row, {"block": block, "row": number, "tasks": places}
@@ -313,7 +312,7 @@ def eval_batches(
     own_rows = slice(process_index * share, (process_index + 1) * share)
 
     def batches() -> Iterator[EvalBatch]:
-        dataset = _open(task, config, converter, shard=0, epoch=0)
+        dataset = _open(task, config, converter.task_features, shard=0, epoch=0)
         examples = (dataset if limit is None else dataset.take(limit)).as_numpy_iterator()
         real = list(itertools.islice(examples, config.batch_size))
         if not real:
@@ -382,22 +381,16 @@ def _check_task(task: seqio.Task, config: DatasetConfig, converter: FeatureConve
     for feature in converter.task_features:
         if feature not in config.task_feature_lengths:
             known = ", ".join(config.task_feature_lengths)
-            raise UserError(
-                f"DatasetConfig.task_feature_lengths has {known}; {reader} also reads {feature!r}"
-            )
+            raise UserError(f"DatasetConfig.task_feature_lengths has {known}; {reader} reads {feature!r}")
         if feature not in task.output_features:
             known = ", ".join(task.output_features)
-            raise UserError(f"task {task.name!r} gives {known}; {reader} also reads {feature!r}")
+            raise UserError(f"task {task.name!r} gives {known}; {reader} reads {feature!r}")
     if config.shuffle and task.shuffle_buffer_size is None and not task.source.performs_internal_shuffling:
         raise UserError(f"task {task.name!r} cannot be shuffled: set DatasetConfig.shuffle to False")
     if config.use_cached and task.supports_caching and not task.cache_dir:
-        raise UserError(
-            f"DatasetConfig.use_cached: task {task.name!r} is in none of seqio's cache directories"
-        )
+        raise UserError(f"DatasetConfig.use_cached: {task.name!r} is in none of seqio's cache directories")
     if task.requires_caching and not config.use_cached:
-        raise UserError(
-            f"task {task.name!r} must be read from its cache: set DatasetConfig.use_cached to True"
-        )
+        raise UserError(f"task {task.name!r} must be read cached: set DatasetConfig.use_cached to True")
 
 
 def _empty(task: seqio.Task, config: DatasetConfig, part: str = "") -> UserError:
@@ -437,9 +430,7 @@ class _Ordered(seqio.DataSource):
         return self._source.get_dataset(split=split, shuffle=shuffle, seed=order, shard_info=shard_info)
 
 
-def _open(
-    task: seqio.Task, config: DatasetConfig, converter: FeatureConverter, shard: int, epoch: int
-) -> tf.data.Dataset:
+def _open(task: seqio.Task, config: DatasetConfig, features: Sequence[str], shard: int, epoch: int) -> tf.data.Dataset:
     """One epoch of one task on one shard."""
     order, noise = _seed(config.seed, task.name, epoch), _seed(config.seed, task.name, epoch, shard)
     cached = config.use_cached and task.supports_caching
@@ -458,12 +449,10 @@ def _open(
             num_epochs=1,
             try_in_mem_cache=False,  # it would be filled and never read, since each epoch is a new dataset
         )
-    for feature in converter.task_features:
+    for feature in features:
         spec = dataset.element_spec.get(feature)
         if spec is None or not spec.dtype.is_integer or spec.shape.rank != 1:
-            raise UserError(
-                f"task {task.name!r} gives {feature!r} as {spec}; it must be a vector of token ids"
-            )
+            raise UserError(f"task {task.name!r} gives {feature!r} as {spec}, not as a vector of token ids")
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False
@@ -472,38 +461,25 @@ def _open(
     return dataset.with_options(options)
 
 
-class _TaskStream(Iterator[Example]):
-    """The examples of one task on one shard, epoch after epoch, from `start` (epoch, index) on.
+@dataclasses.dataclass
+class _TaskStream:
+    """The examples of one task on one shard, epoch after epoch."""
 
-    Attributes:
-      task: where they come from.
-      epoch: passes over the task completed.
-      index: examples of this epoch already given.
-    """
+    task: seqio.Task
+    config: DatasetConfig
+    features: tuple[str, ...]
+    shard: int
+    epoch: int
+    index: int  # examples of this epoch already given
 
-    def __init__(
-        self,
-        task: seqio.Task,
-        config: DatasetConfig,
-        converter: FeatureConverter,
-        shard: int,
-        start: Sequence[int],
-    ) -> None:
-        self.task, (self.epoch, self.index) = task, start
-        self._config, self._converter, self._shard = config, converter, shard
-        self._examples = self._read()
-
-    def __next__(self) -> Example:
-        return next(self._examples)
-
-    def _read(self) -> Iterator[Example]:
+    def examples(self) -> Iterator[Example]:
         while True:
-            dataset = _open(self.task, self._config, self._converter, self._shard, self.epoch)
-            for example in _unpadded(dataset.skip(self.index), self._converter.task_features):
+            dataset = _open(self.task, self.config, self.features, self.shard, self.epoch)
+            for example in _unpadded(dataset.skip(self.index), self.features):
                 self.index += 1
                 yield example
             if self.index == 0:
-                raise _empty(self.task, self._config, f", shard {self._shard} of {self._config.num_shards}")
+                raise _empty(self.task, self.config, f", shard {self.shard} of {self.config.num_shards}")
             self.epoch, self.index = self.epoch + 1, 0
 
 

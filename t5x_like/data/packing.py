@@ -131,9 +131,7 @@ def _lay_out(rows: Sequence[Row], feature: str, length: int) -> _Layout:
     sizes = np.array([len(example) for example in examples], dtype=int)
     row_sizes = np.bincount(row_of_example, weights=sizes, minlength=len(rows)).astype(int)
     if row_sizes.max(initial=0) > length:
-        raise ValueError(
-            f"convert: {row_sizes.max()} tokens of {feature!r} in one row, whose length is {length}"
-        )
+        raise ValueError(f"convert: {row_sizes.max()} tokens of {feature!r} in one row, whose length is {length}")
     layout = _Layout(*(np.zeros((len(rows), length), np.int32) for _ in _Layout._fields))
     row = np.repeat(row_of_example, sizes)
     column = _count_up(row_sizes)

@@ -21,9 +21,14 @@ class EncoderDecoderNetwork(Protocol):
     """What the model calls by name: see `architectures.t5.T5`."""
 
     @property
-    def init(self) -> Callable[..., Mapping[str, PyTree]]: ...
+    def init(self) -> Callable[..., Mapping[str, PyTree]]:
+        """As of any Linen module."""
+        ...
+
     @property
-    def apply(self) -> Callable[..., PyTree]: ...
+    def apply(self) -> Callable[..., PyTree]:
+        """As of any Linen module."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +75,8 @@ class EncoderDecoderModel:
     def loss(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> LossAndMetrics:
         """Cross entropy with z-loss and smoothing, and what is worth watching beside it."""
         logits = self.logits(params, batch, key)
-        targets, weights = (
-            batch["decoder_target_tokens"],
-            jnp.asarray(batch["decoder_loss_weights"], jnp.float32),
-        )
+        targets = jnp.asarray(batch["decoder_target_tokens"])
+        weights = jnp.asarray(batch["decoder_loss_weights"], jnp.float32)
         tokens = cross_entropy(logits, targets, self.label_smoothing, self.z_loss)
         correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
         count = weights.sum()
@@ -86,7 +89,7 @@ class EncoderDecoderModel:
 
     def score(self, params: Params, batch: Batch) -> Float[Array, " batch"]:
         """Log-likelihood of the targets, end token included, in nats."""
-        tokens = cross_entropy(self.logits(params, batch), batch["decoder_target_tokens"])
+        tokens = cross_entropy(self.logits(params, batch), jnp.asarray(batch["decoder_target_tokens"]))
         return -(tokens.loss * jnp.asarray(batch["decoder_loss_weights"], jnp.float32)).sum(axis=-1)
 
     def generate(

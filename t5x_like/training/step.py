@@ -55,7 +55,7 @@ class TrainStep:
         sums, gradients = self._sums(state.params, batch, key)
         weight = sums.loss.weight.clip(1.0)
         gradients = jax.tree.map(lambda g: g / weight, gradients)
-        loss, norm = sums.loss.mean(), optax.global_norm(gradients)
+        loss, norm = sums.loss.mean(), optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -63,7 +63,7 @@ class TrainStep:
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         scalars = {"loss": loss, **{name: metric.mean() for name, metric in sums.metrics.items()}}
-        scalars |= {"gradient_norm": norm, "parameter_norm": optax.global_norm(kept[0])}
+        scalars |= {"gradient_norm": norm, "parameter_norm": optax.tree.norm(kept[0])}
         rate = learning_rate_of(opt_state)
         if rate is not None:
             scalars["learning_rate"] = rate

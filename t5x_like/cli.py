@@ -1,0 +1,160 @@
+"""The command line: `t5x_like VERB --gin_file=... --gin.NAME=value`. Imports nothing heavy until a verb runs."""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import t5x_like
+from t5x_like.errors import UserError
+
+
+class Verb(NamedTuple):
+    """A command: the function of the verb's name in `module`.
+
+    Attributes:
+      module: where it is; imported when the verb runs.
+      help: one line.
+      run_file: what it needs beside the `config.gin` of a run that is given by its folder alone.
+    """
+
+    module: str
+    help: str
+    run_file: str | None = None
+
+
+VERBS = {
+    "train": Verb("t5x_like.commands.train", "train a model, or go on where a run stopped"),
+    "evaluate": Verb("t5x_like.commands.evaluate", "score checkpoints of a run on its tasks", "runs/evaluate.gin"),
+    "infer": Verb("t5x_like.commands.infer", "write a model's predictions for a task or a file", "runs/infer.gin"),
+}
+
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "GRPC_VERBOSITY": "ERROR"}
+"""What keeps TensorFlow, which only reads data here, from talking about processors; the user's own settings win."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the arguments; those of this process by default.
+
+    Returns:
+      The exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted.
+    """
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as done:  # --help, --version
+        return int(done.code or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _run(argv: list[str]) -> None:
+    verb, options, bindings = _parse(argv)
+    files = options.gin_file or _files_of_run(verb, bindings)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if options.allow_import:
+        sys.path.append(os.getcwd())  # as `python -m` does, so that a user's own modules are found either way
+
+    from t5x_like import gin_config
+
+    config = gin_config.load(
+        getattr(importlib.import_module(VERBS[verb].module), verb),
+        files,
+        bindings,
+        search_paths=[path for paths in options.gin_search_paths for path in paths.split(",") if path],
+        allow_imports=options.allow_import,
+        roots=[f"{known.module}.{name}" for name, known in VERBS.items()],
+    )
+    gin_config.run(config, **({"dry_run": True} if options.dry_run else {}))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parse(argv: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
+    """The verb, its options, and gin bindings without `--gin.` before them."""
+    parser = _Parser(
+        "t5x_like",
+        description="Trains and runs T5, Switch Transformers and their relatives.",
+        epilog="`t5x_like VERB --help` lists the options of a verb.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"t5x_like {t5x_like.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    parsers = {name: _add_verb(verbs, name, verb.help) for name, verb in VERBS.items()}
+
+    bindings = [argument.removeprefix("--gin.") for argument in argv if argument.startswith("--gin.")]
+    others = [argument for argument in argv if not argument.startswith("--gin.")]
+    for binding in bindings:
+        if "=" not in binding:
+            raise UserError(f"--gin.{binding}: write --gin.{binding}=value, with = and no blank")
+    given = next((argument for argument in others if not argument.startswith("-")), None)
+    if given and given not in VERBS:
+        raise UserError(f"there is no verb {given!r}.{_nearest(given, VERBS)} Verbs are {', '.join(VERBS)}.")
+    options, unknown = parser.parse_known_args(others)
+    if unknown:
+        known = [option for action in parsers[options.verb]._actions for option in action.option_strings]
+        name = unknown[0].partition("=")[0]
+        raise UserError(f"{options.verb} has no option {name!r}.{_nearest(name, [*known, '--gin.NAME'])}")
+    return options.verb, options, bindings
+
+
+def _add_verb(verbs: "argparse._SubParsersAction[_Parser]", name: str, summary: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        usage=f"t5x_like {name} --gin_file=FILE ... [--gin.NAME=value ...] [options]",
+        epilog="--gin.MODEL_DIR=FOLDER of a finished run is enough: its config.gin then says the rest.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("configuration").add_argument
+    add("--gin_file", action="append", default=[], metavar="FILE", help="repeatable; later files override earlier")
+    add(
+        "--gin.NAME",
+        dest="unused",
+        metavar="VALUE",
+        help="sets a macro (--gin.TRAIN_STEPS=1000) or a parameter (--gin.trainer.Trainer.seed=3); text needs no quotes",
+    )
+    add("--gin_search_paths", action="append", default=[], metavar="FOLDERS", help="repeatable, or with commas")
+    add("--allow_import", action="append", default=[], metavar="PACKAGE", help="one more that gin files may import")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done, and do nothing")
+    return parser
+
+
+def _files_of_run(verb: str, bindings: Sequence[str]) -> list[str]:
+    """The gin files of a run of which only the folder is given."""
+    settings = dict(binding.split("=", 1) for binding in bindings)
+    folder = settings.get("MODEL_DIR", "").strip("'\"")
+    if not folder:
+        raise UserError("no configuration: give --gin_file=FILE, or --gin.MODEL_DIR=FOLDER of a run to go on with")
+    config = Path(folder) / "config.gin"
+    if not config.is_file():
+        raise UserError(
+            f"--gin.MODEL_DIR={folder}: there is no {config}, so a configuration is needed: --gin_file=FILE"
+        )
+    run_file = VERBS[verb].run_file
+    return [*([run_file] if run_file else []), str(config)]
+
+
+def _nearest(name: str, candidates: Sequence[str]) -> str:
+    from t5x_like.gin_config import nearest
+
+    return nearest(name, candidates)
