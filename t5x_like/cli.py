@@ -1,11 +1,13 @@
 """The command line: `t5x_like VERB --gin_file=... --gin.NAME=value`. Imports nothing heavy until a verb runs."""
 
 import argparse
-import importlib
+import contextlib
 import os
+import re
 import sys
+import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -35,6 +37,9 @@ VERBS = {
 
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "GRPC_VERBOSITY": "ERROR"}
 """What keeps TensorFlow, which only reads data here, from talking about processors; the user's own settings win."""
+
+TENSORFLOW_NOISE = re.compile(rb"WARNING: All log messages before absl|[IWE]\d{4} .*(cuda|oneDNN|computation_placer)")
+"""What it says all the same while it is imported."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,15 +77,32 @@ def _run(argv: list[str]) -> None:
 
     from t5x_like import gin_config
 
-    config = gin_config.load(
-        getattr(importlib.import_module(VERBS[verb].module), verb),
-        files,
-        bindings,
-        search_paths=[path for paths in options.gin_search_paths for path in paths.split(",") if path],
-        allow_imports=options.allow_import,
-        roots=[f"{known.module}.{name}" for name, known in VERBS.items()],
-    )
+    with _without(TENSORFLOW_NOISE):
+        config = gin_config.load(
+            f"{VERBS[verb].module}.{verb}",
+            files,
+            bindings,
+            search_paths=[path for paths in options.gin_search_paths for path in paths.split(",") if path],
+            allow_imports=options.allow_import,
+            roots=[f"{known.module}.{name}" for name, known in VERBS.items()],
+        )
     gin_config.run(config, **({"dry_run": True} if options.dry_run else {}))
+
+
+@contextlib.contextmanager
+def _without(noise: re.Pattern[bytes]) -> Iterator[None]:
+    """Holds back what goes to standard error, past Python too, and then writes what is not noise."""
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if not noise.match(line)))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,14 +127,14 @@ def _parse(argv: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
     for binding in bindings:
         if "=" not in binding:
             raise UserError(f"--gin.{binding}: write --gin.{binding}=value, with = and no blank")
-    given = next((argument for argument in others if not argument.startswith("-")), None)
-    if given and given not in VERBS:
-        raise UserError(f"there is no verb {given!r}.{_nearest(given, VERBS)} Verbs are {', '.join(VERBS)}.")
+    if not others or others[0] not in {*VERBS, "-h", "--help", "--version"}:
+        given = others[0] if others else ""
+        raise UserError(f"{given!r} is no verb.{_nearest(given, VERBS)} Say t5x_like VERB ..., with {', '.join(VERBS)}")
     options, unknown = parser.parse_known_args(others)
     if unknown:
         known = [option for action in parsers[options.verb]._actions for option in action.option_strings]
         name = unknown[0].partition("=")[0]
-        raise UserError(f"{options.verb} has no option {name!r}.{_nearest(name, [*known, '--gin.NAME'])}")
+        raise UserError(f"{options.verb} does not know {name!r}.{_nearest(name, [*known, '--gin.NAME'])}")
     return options.verb, options, bindings
 
 
@@ -131,7 +153,7 @@ def _add_verb(verbs: "argparse._SubParsersAction[_Parser]", name: str, summary: 
         "--gin.NAME",
         dest="unused",
         metavar="VALUE",
-        help="sets a macro (--gin.TRAIN_STEPS=1000) or a parameter (--gin.trainer.Trainer.seed=3); text needs no quotes",
+        help="a macro (--gin.TRAIN_STEPS=1000) or a parameter (--gin.trainer.Trainer.seed=3); text needs no quotes",
     )
     add("--gin_search_paths", action="append", default=[], metavar="FOLDERS", help="repeatable, or with commas")
     add("--allow_import", action="append", default=[], metavar="PACKAGE", help="one more that gin files may import")
@@ -147,14 +169,12 @@ def _files_of_run(verb: str, bindings: Sequence[str]) -> list[str]:
         raise UserError("no configuration: give --gin_file=FILE, or --gin.MODEL_DIR=FOLDER of a run to go on with")
     config = Path(folder) / "config.gin"
     if not config.is_file():
-        raise UserError(
-            f"--gin.MODEL_DIR={folder}: there is no {config}, so a configuration is needed: --gin_file=FILE"
-        )
+        raise UserError(f"--gin.MODEL_DIR={folder}: there is no {config}, so give --gin_file=FILE")
     run_file = VERBS[verb].run_file
     return [*([run_file] if run_file else []), str(config)]
 
 
-def _nearest(name: str, candidates: Sequence[str]) -> str:
+def _nearest(name: str, candidates: Iterable[str]) -> str:
     from t5x_like.gin_config import nearest
 
     return nearest(name, candidates)

@@ -118,7 +118,7 @@ class LoadedConfig:
 
 
 def load(
-    command: Callable[..., object],
+    command: Callable[..., object] | str,
     files: Sequence[str],
     bindings: Sequence[str] = (),
     search_paths: Sequence[str] = (),
@@ -128,7 +128,7 @@ def load(
     """Reads gin files, imports what they name, and checks all of it; builds nothing.
 
     Args:
-      command: the function that `run` will call.
+      command: the function that `run` will call; one that is given by its dotted name is imported after files are read.
       files: later ones override earlier; looked for in `search_paths`, the current folder, and the configs of t5x_like
         (`models/t5_1_1_small.gin`, with or without `configs/`).
       bindings: `NAME=value` or `scope/module.function.parameter=value`, overriding files and naming modules as they do;
@@ -144,13 +144,14 @@ def load(
     home = package if (package / "configs").is_dir() else package.parent  # installed, or in the repository
     folders = [*(Path(path).absolute() for path in search_paths), Path.cwd(), home, home / "configs"]
     loader = _Loader(folders, ALLOWED_PACKAGES | {name.partition(".")[0] for name in allow_imports})
-    loader.symbols[_tail(command.__module__, 1)] = command.__module__
     for file in files:
         loader.add_file(file, f"--gin_file={file}: ")
     for binding in bindings:
         loader.add_command_line(binding)
     loader.import_modules()
-    root = Reference("", loader.add(f"{command.__module__}.{command.__qualname__}", command), True)
+    target: Callable[..., object] = pkgutil.resolve_name(command) if isinstance(command, str) else command
+    loader.symbols.setdefault(_tail(target.__module__, 1), target.__module__)
+    root = Reference("", loader.add(f"{target.__module__}.{target.__qualname__}", target), True)
     config = LoadedConfig(root, loader.link(), loader.targets, [module for module, _ in loader.imports])
     _check_all_used(config, [Reference("", name, True) for name in roots if name in loader.targets])
     return config
@@ -225,8 +226,7 @@ class _Loader:
             elif getattr(parsed, "module", "__gin__.dynamic_registration") != "__gin__.dynamic_registration":
                 self.check_allowed(parsed.module, location)
                 self.imports.append((parsed.module, location))
-                top = parsed.module.partition(".")[0]
-                symbols[parsed.bound_name()] = parsed.module if parsed.is_from or parsed.alias else top
+                symbols[parsed.bound_name()] = parsed.module if parsed.alias else parsed.partial_path()
         self.symbols |= symbols
 
     def add_command_line(self, text: str) -> None:
@@ -294,9 +294,8 @@ class _Loader:
 
 
 def _find(file: str, folders: Sequence[Path], asked_by: str) -> Path:
-    for folder in folders:
-        if (folder / file).is_file():
-            return folder / file
+    if path := next((folder / file for folder in folders if (folder / file).is_file()), None):
+        return path
     shipped = [str(path.relative_to(folders[-1])) for path in folders[-1].glob("*/*.gin")]
     beside = [str(Path(file).with_name(p.name)) for f in folders for p in (f / file).parent.glob("*.gin")]
     looked = ", ".join(dict.fromkeys(map(str, folders)))
@@ -306,9 +305,11 @@ def _find(file: str, folders: Sequence[Path], asked_by: str) -> Path:
 def _parse(text: str, path: str) -> Iterator[typing.Any]:
     """Gin's statements; a block comes as its declaration, then its bindings."""
     try:
-        yield from config_parser.ConfigParser(io.StringIO(text), _Delegate())
+        parser = config_parser.ConfigParser(io.StringIO(text), _Delegate())
+        yield from parser
     except (SyntaxError, tokenize.TokenError, TypeError) as error:  # TypeError: a dictionary with a list as key
-        line = getattr(error, "lineno", None) or (error.args[1][0] if len(error.args) > 1 else 0)
+        here = error.args[1] if len(error.args) > 1 else parser.current_token.start
+        line = getattr(error, "lineno", None) or here[0]
         content = dict(enumerate(text.splitlines(), 1)).get(line, "").strip()
         message = " ".join(str(error.args[0]).split())
         raise UserError(f"{path}:{line}: {content!r} is not gin: {message}") from None
@@ -418,9 +419,8 @@ def _accepts(annotation: object, value: object) -> bool:
     if origin is tuple and args and args[-1] is not ...:
         return isinstance(value, tuple) and len(value) == len(args) and all(map(_accepts, args, value))
     if origin in (list, tuple, Sequence):
-        if not isinstance(value, list | tuple) or origin not in (type(value), Sequence):
-            return False
-        return all(_accepts(arg, item) for arg in args[:1] for item in value)
+        items = value if isinstance(value, list | tuple) and origin in (type(value), Sequence) else None
+        return items is not None and all(_accepts(arg, item) for arg in args[:1] for item in items)
     if origin in (dict, Mapping):
         return isinstance(value, dict) and all(all(map(_accepts, args, item)) for item in value.items())
     plain = origin in (bool, int, float, str, types.NoneType)

@@ -505,6 +505,13 @@ def test_our_own_configs_are_found_from_anywhere(folder: Path, monkeypatch: pyte
         load(["toy_small.gin"])
 
 
+def test_a_command_that_is_given_by_name_is_imported_when_the_files_have_been_read() -> None:
+    with pytest.raises(UserError, match=r"no file 'none\.gin'"):
+        gin_config.load("toy_lab.broken.command", ["none.gin"])
+    config = gin_config.load("toy_lab.commands.train", [write("commands.train.model = None\n")], (), (), ["toy_lab"])
+    assert gin_config.run(config)["steps"] == 10
+
+
 def test_a_missing_file(folder: Path) -> None:
     write("", "runs/pretrain.gin")
     write("include 'runs/pretrian.gin'\n", "top.gin", header="")
@@ -538,6 +545,8 @@ def test_a_circle_of_includes() -> None:
         ("a.b:\n    x = 3\n  y = 4\n", "a.gin:3: 'y = 4' is not gin: unindent does not match"),
         ("X = @\n", "a.gin:1: 'X = @' is not gin: Unexpected token."),
         ("include x\n", "a.gin:1: 'include x' is not gin: malformed node or string"),
+        ("X = {[1]: 2}\n", "a.gin:1: 'X = {[1]: 2}' is not gin: unhashable type: 'list'"),
+        ("X = '\x00'\n", "a.gin:1: "),
     ],
 )
 def test_syntax_errors(text: str, message: str) -> None:

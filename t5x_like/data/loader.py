@@ -439,6 +439,7 @@ def _open(task: seqio.Task, config: DatasetConfig, features: Sequence[str], shar
     else:
         task = task.replace(source=_Ordered(task.source, order))
     with _SEQIO_LOCK:
+        tf.random.set_seed(noise)  # tf.data mixes this global seed into every other, and others may have set it
         dataset = task.get_dataset(
             sequence_length=dict(config.task_feature_lengths),
             split=config.split,

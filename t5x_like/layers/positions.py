@@ -10,7 +10,7 @@ from t5x_like.typing import Array, Float, Int
 def relative_position_bucket(
     relative_position: Int[Array, "q_len k_len"], bidirectional: bool, num_buckets: int, max_distance: int
 ) -> Int[Array, "q_len k_len"]:
-    """Buckets of the distance `key - query` (Raffel et al. 2020, section 2.1): one each for near ones, logarithmic beyond.
+    """Buckets of the distance `key - query` (Raffel et al. 2020, section 2.1): one each for near ones, logarithmic after.
 
     Half the buckets serve keys to the right if `bidirectional`; otherwise those share bucket 0. Distances from
     `max_distance` on share the last bucket.
@@ -23,9 +23,11 @@ def relative_position_bucket(
     else:
         distance = jnp.maximum(-relative_position, 0)
     exact = num_buckets // 2
-    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / np.log(max_distance / exact)
-    logarithmic = exact + (ratio * (num_buckets - exact)).astype(relative_position.dtype)
-    return offset + jnp.where(distance < exact, distance, jnp.minimum(logarithmic, num_buckets - 1))
+    # Where buckets start is found on the host: the logarithm of a device may round their first distances out of them.
+    growth = (max_distance / exact) ** (np.arange(1, num_buckets - exact) / (num_buckets - exact))
+    starts = np.ceil(exact * growth - 1e-6).astype(np.int32)
+    logarithmic = exact + jnp.searchsorted(starts, distance, side="right", method="compare_all")
+    return offset + jnp.where(distance < exact, distance, logarithmic.astype(relative_position.dtype))
 
 
 class RelativePositionBias(nn.Module):

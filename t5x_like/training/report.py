@@ -123,7 +123,7 @@ def _curve_svg(label: str, points: Sequence[tuple[int, float]]) -> str:
     """A line over steps, with a spot to point at on each of its points."""
     width, height, left, right, top, bottom = 480, 210, 52, 20, 12, 26
     values = [value for _, value in points]
-    x_low, x_high = points[0][0], points[-1][0]
+    x_low, x_high = float(points[0][0]), float(points[-1][0])
     y_ticks = _ticks(min(values), max(values), 4)
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
@@ -142,10 +142,10 @@ def _curve_svg(label: str, points: Sequence[tuple[int, float]]) -> str:
         for tick in _ticks(x_low, x_high, 6)
         if x_low <= tick <= x_high
     ]
-    shown = _thinned(points)
+    shown = [(float(step), value) for step, value in _thinned(points)]
     line = "L".join(f"{x(step)} {y(value)}" for step, value in shown)
     spots = [
-        f'<circle cx="{x(step)}" cy="{y(value)}" r="5"><title>step {step:,}: {_number(value)}</title></circle>'
+        f'<circle cx="{x(step)}" cy="{y(value)}" r="5"><title>step {step:,.0f}: {_number(value)}</title></circle>'
         for step, value in shown
     ]
     return (

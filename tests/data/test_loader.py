@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import inspect
 import itertools
 import json
 import subprocess
@@ -71,7 +72,6 @@ def add_mixture(name: str, rates: dict[str, float]) -> None:
 
 add_task("loader_a", rows_of(1000, 120), corrupt)
 add_task("loader_b", rows_of(2000, 60), corrupt)
-add_task("loader_c", rows_of(3000, 30), corrupt)
 add_task("loader_37", rows_of(1000, 37), corrupt)
 add_task("loader_plain", rows_of(1, 7), plain)
 add_task("loader_long", rows_of(10**4, 10**5), plain)
@@ -81,8 +81,7 @@ seqio.TaskRegistry.add_provider(
     "loader_subclass",
     Subclass("loader_subclass", seqio.FunctionDataSource(rows_of(1000, 37), ["train"]), FEATURES, [corrupt]),
 )
-add_mixture("loader_inner", {"loader_b": 1, "loader_c": 1})
-add_mixture("loader_mixture", {"loader_a": 2, "loader_inner": 1})
+add_mixture("loader_mixture", {"loader_a": 2, "loader_b": 1})
 add_mixture("loader_rates_inner", {"loader_long": 1, "loader_longer": 3})
 add_mixture("loader_rates", {"loader_long": 1, "loader_rates_inner": 1})
 
@@ -158,11 +157,11 @@ def test_shards_and_epochs_draw_different_noise() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("num_shards", [1, 2, 4])
-def test_global_batches_do_not_depend_on_the_number_of_processes(num_shards: int) -> None:
+@pytest.mark.parametrize(("num_shards", "process_counts"), [(1, [2]), (2, [4]), (4, [2, 4])])
+def test_global_batches_do_not_depend_on_the_number_of_processes(num_shards: int, process_counts: list[int]) -> None:
     settings = dataclasses.replace(MIXED, num_shards=num_shards)
     whole = take(settings, 6)
-    for count in (2, 4):
+    for count in process_counts:
         parts = [take(settings, 6, process=(index, count)) for index in range(count)]
         for step, (batch, position) in enumerate(whole):
             rows = [part[step][0] for part in parts]
@@ -180,14 +179,13 @@ def test_resuming_anywhere_is_bitwise_equal_to_never_having_stopped() -> None:
     epochs = {position["0"]["tasks"]["loader_a"][0] for _, position in uninterrupted}
     assert len(rows) > 3  # stops in mid-block ...
     assert epochs == {0, 1, 2}  # ... and in several epochs
-    for step in [0, *np.random.default_rng(0).choice(36, 6, replace=False).tolist(), 36]:
+    for step in [0, *np.random.default_rng(0).choice(36, 4, replace=False).tolist(), 36]:
         position = json.loads(json.dumps(uninterrupted[step][1]))
-        for process in ((0, 1), (1, 2)):
-            own = slice(0, 8) if process == (0, 1) else slice(4, 8)
-            for ahead, (batch, after) in enumerate(take(MIXED, 3, position, process), start=step + 1):
-                expected, expected_after = uninterrupted[ahead]
-                assert_same(batch, {name: value[own] for name, value in expected.items()})
-                assert after.items() <= expected_after.items()
+        process, own = ((0, 1), slice(0, 8)) if step % 2 else ((1, 2), slice(4, 8))
+        for ahead, (batch, after) in enumerate(take(MIXED, 3, position, process), start=step + 1):
+            expected, expected_after = uninterrupted[ahead]
+            assert_same(batch, {name: value[own] for name, value in expected.items()})
+            assert after.items() <= expected_after.items()
 
 
 def test_every_setting_of_the_order_changes_it() -> None:
@@ -196,7 +194,13 @@ def test_every_setting_of_the_order_changes_it() -> None:
     batches = [take(variant, 1)[0][0]["encoder_input_tokens"] for variant in variants]
     for first, second in itertools.combinations(batches, 2):
         assert not np.array_equal(first[:, 0], second[:, 0])
-    assert_same(take(base, 1)[0][0], take(base, 1)[0][0])
+
+
+def test_tensorflow_s_global_seed_does_not_change_the_order() -> None:
+    [(before, _)] = take(config("loader_a"), 1)
+    tf.random.set_seed(5)
+    [(after, _)] = take(config("loader_a"), 1)
+    assert_same(before, after)
 
 
 def test_a_block_mixes_tasks_by_the_rates_of_nested_mixtures() -> None:
@@ -356,13 +360,13 @@ class TestMistakes:
         )
 
     def test_position_of_another_configuration(self) -> None:
-        place = {"loader_a": [0, 0], "loader_b": [0, 0], "loader_c": [0, 0]}
+        place = {"loader_a": [0, 0], "loader_b": [0, 0]}
         position: Position = {str(shard): {"block": 0, "row": 1, "tasks": place} for shard in range(2)}
         for shards in (1, 4):
             with pytest.raises(UserError, match=rf"has shards 0, 1, DatasetConfig.num_shards is {shards}: go on"):
                 TrainLoader(dataclasses.replace(MIXED, num_shards=shards), CONVERTER).batches(position)
-        with pytest.raises(UserError, match=r"has tasks loader_a, loader_b, loader_c, but 'loader_inner' of Datas"):
-            settings = dataclasses.replace(MIXED, mixture_or_task_name="loader_inner")
+        settings = dataclasses.replace(MIXED, mixture_or_task_name="loader_a")
+        with pytest.raises(UserError, match=r"has tasks loader_a, loader_b, but 'loader_a' of .* has loader_a: go"):
             TrainLoader(settings, CONVERTER).batches(position)
 
 
@@ -461,14 +465,17 @@ def test_prefetch_ends_its_thread_when_the_consumer_stops(stop: str) -> None:
 def test_an_interpreter_exits_in_the_middle_of_prefetching() -> None:
     program = (
         "import itertools\n"
-        "from t5x_like.data.loader import prefetch\n"
+        "from collections import deque\n"
+        "from collections.abc import Generator, Iterable\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from typing import TypeVar\n"
+        "T = TypeVar('T')\n"
+        f"{inspect.getsource(prefetch)}\n"
         "items = prefetch(itertools.count())\n"
         "print(next(items), next(items))\n"
     )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "0 1\n"), done.stderr
-    assert "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 1\n", "")
 
 
 def test_batches_become_global_arrays_sharded_over_the_batch() -> None:

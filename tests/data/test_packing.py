@@ -27,9 +27,7 @@ def seqio_rows(examples: list[Example], lengths: dict[str, int], pack: bool) -> 
         lambda: iter(examples),
         output_signature={name: tf.TensorSpec([None], tf.int32) for name in ("inputs", "targets")},
     )
-    converter = seqio.EncDecFeatureConverter(
-        pack=pack, apply_length_check=False
-    )  # trims, and forbids, the same
+    converter = seqio.EncDecFeatureConverter(pack=pack, apply_length_check=False)  # trims, and forbids, the same
     rows = list(converter(dataset, lengths).as_numpy_iterator())
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -93,19 +91,14 @@ def test_an_example_joins_the_first_row_with_room_for_all_its_features() -> None
     st.integers(1, 25),
     st.integers(1, 25),
 )
-def test_no_example_is_lost_split_or_mixed_up(
-    sizes: list[tuple[int, int]], inputs: int, targets: int
-) -> None:
+def test_no_example_is_lost_split_or_mixed_up(sizes: list[tuple[int, int]], inputs: int, targets: int) -> None:
     examples, lengths = random_examples(sizes), {"inputs": inputs, "targets": targets}
     groups = CONVERTER.pack(examples, lengths)
 
     naive: list[list[int]] = []
     for index, item in enumerate(examples):
         for group in naive:
-            if all(
-                sum(len(examples[i][f][:n]) for i in group) + len(item[f][:n]) <= n
-                for f, n in lengths.items()
-            ):
+            if all(sum(len(examples[i][f][:n]) for i in group) + len(item[f][:n]) <= n for f, n in lengths.items()):
                 group.append(index)
                 break
         else:
@@ -121,9 +114,7 @@ def test_no_example_is_lost_split_or_mixed_up(
                 place = segments[row] == segment
                 expected = examples[index][feature][: lengths[feature]]
                 np.testing.assert_array_equal(tokens_of_rows[row][place], expected)
-                np.testing.assert_array_equal(
-                    batch[f"{prefix}_positions"][row][place], np.arange(len(expected))
-                )
+                np.testing.assert_array_equal(batch[f"{prefix}_positions"][row][place], np.arange(len(expected)))
                 if feature == "targets":
                     shifted = [0, *expected[:-1]] if len(expected) else []
                     np.testing.assert_array_equal(batch["decoder_input_tokens"][row][place], shifted)

@@ -44,17 +44,13 @@ class Page(HTMLParser):
 def a_run(folder: Path) -> Path:
     with RunLog(folder, total_steps=3) as log:
         for step, loss in ((1, 8.0), (2, 6.0), (3, 4.0)):
-            log.step(
-                step, {"loss": loss, "learning_rate": 0.01, "tokens_per_second": 100.0 * step, "z_loss": 0.5}
-            )
+            log.step(step, {"loss": loss, "learning_rate": 0.01, "tokens_per_second": 100.0 * step, "z_loss": 0.5})
             log.evaluation(step, "bible", {"bleu": 2.5 * step, "chrf": 20.0})
     sample = {"inputs": HOSTILE, "targets": "hola", "predictions": ["adiós", "hola"], "score": -1.25}
     for step, text in ((9, "too old"), (10, HOSTILE)):
         path = folder / "eval" / "bible" / f"{step}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps(sample | {"inputs": text}) + "\n" + json.dumps(sample | {"score": None}) + "\n"
-        )
+        path.write_text(json.dumps(sample | {"inputs": text}) + "\n" + json.dumps(sample | {"score": None}) + "\n")
     (folder / "config.gin").write_text(f"# {HOSTILE}\nTRAIN_STEPS = 3\n")
     facts = {
         "parameter_count": 1234567,
@@ -101,10 +97,7 @@ def test_text_is_escaped_and_nothing_is_fetched(tmp_path: Path) -> None:
     assert "script" not in [tag for tag, _ in page.tags]
     assert not [tag for tag, _ in page.tags if tag in ("link", "img", "iframe", "object", "embed")]
     assert not [
-        name
-        for _, attributes in page.tags
-        for name in attributes
-        if name in ("src", "href") or name[:2] == "on"
+        name for _, attributes in page.tags for name in attributes if name in ("src", "href") or name[:2] == "on"
     ]
     assert "url(" not in page.source
     assert "@import" not in page.source

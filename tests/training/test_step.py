@@ -10,6 +10,7 @@ import pytest
 from tiny import random_batch, tiny_model
 
 from t5x_like.architectures.variables import named_leaves
+from t5x_like.models.contract import Model
 from t5x_like.sharding import Partitioner, ShardingRules, fsdp_rules, make_mesh
 from t5x_like.training import train_state
 from t5x_like.training.optimizers import adafactor, freeze, partition
@@ -27,6 +28,10 @@ def after_one_step(partitioner: Partitioner, microbatches: int = 1, bindings: tu
     shardings = train_state.state_shardings(model, SGD, batch, partitioner)
     step = TrainStep(model, SGD, microbatches=microbatches).compiled(partitioner, shardings)
     return jax.device_get(step(state, jax.device_put(batch, partitioner.sharding("batch"))))
+
+
+def created(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
+    return jax.jit(lambda: train_state.create(model, optimizer, random_batch(8), 0))()
 
 
 def assert_close(result: tuple, expected: tuple) -> None:
@@ -83,9 +88,9 @@ def test_microbatches_on_a_mesh() -> None:
 
 def test_the_loss_is_a_mean_over_real_target_tokens() -> None:
     model, batch = tiny_model(), random_batch(8)
-    state = train_state.create(model, SGD, batch, 0)
+    state = created(model, SGD)
     _, report = jax.jit(TrainStep(model, SGD))(state, batch)
-    log_probabilities = jax.nn.log_softmax(model.logits(state.params, batch))
+    log_probabilities = jax.nn.log_softmax(jax.jit(model.logits)(state.params, batch))
     real = [(row, column) for row, column in np.argwhere(batch["decoder_target_tokens"] != 0)]
     losses = [-log_probabilities[r, c, batch["decoder_target_tokens"][r, c]] for r, c in real]
     assert report.tokens == len(real)
@@ -96,7 +101,7 @@ def test_scanned_and_unscanned_layers_train_alike() -> None:
     """Three Adafactor steps from the same weights: factoring, parameter scale and clipping are per layer."""
     loop, scan = tiny_model(), tiny_model("SCAN_LAYERS=True")
     optimizer = adafactor(0.1, min_dim_size_to_factor=4)
-    state = train_state.create(loop, optimizer, random_batch(8), 0)
+    state = created(loop, optimizer)
 
     def stack(side: dict) -> dict:
         layers = [side[f"layers_{i}"] for i in range(2)]
@@ -121,7 +126,7 @@ def test_a_step_that_is_not_finite_leaves_parameters_and_optimizer_bit_identical
     model, batch = tiny_model(), random_batch(8)
     optimizer = adafactor(1e-2)
     step = jax.jit(TrainStep(model, optimizer))
-    state, _ = step(train_state.create(model, optimizer, batch, 0), batch)
+    state, _ = step(created(model, optimizer), batch)
     params = jax.tree.map(lambda x: x, state.params)
     params["token_embedder"]["embedding"] = params["token_embedder"]["embedding"].at[5].set(jnp.nan)
     poisoned = state._replace(params=params)
@@ -136,21 +141,23 @@ def test_a_step_that_is_not_finite_leaves_parameters_and_optimizer_bit_identical
 
 def test_dropout_is_a_function_of_seed_and_step() -> None:
     model, batch = tiny_model("DROPOUT_RATE=0.5"), random_batch(8)
-    state = train_state.create(model, SGD, batch, 0)
+    state = created(model, SGD)
+
+    steps = {seed: jax.jit(TrainStep(model, SGD, seed)) for seed in (1, 2)}
 
     def loss(seed: int, step: int) -> float:
-        return float(TrainStep(model, SGD, seed)(state._replace(step=jnp.int32(step)), batch)[1].scalars["loss"])
+        return float(steps[seed](state._replace(step=jnp.int32(step)), batch)[1].scalars["loss"])
 
     assert loss(1, 3) == loss(1, 3)
     assert len({loss(1, 3), loss(1, 4), loss(2, 3)}) == 3
-    expected = model.loss(state.params, batch, step_key(1, jnp.int32(3))).loss
+    expected = jax.jit(model.loss)(state.params, batch, step_key(1, jnp.int32(3))).loss
     np.testing.assert_allclose(loss(1, 3), expected.total / expected.weight, rtol=1e-6)
 
 
 def test_frozen_parameters_stay_bit_identical_and_the_others_move() -> None:
     model, batch = tiny_model(), random_batch(8)
     optimizer = partition((("token_embedder/.*|encoder/.*", freeze()),), adafactor(1e-2))
-    state = train_state.create(model, optimizer, batch, 0)
+    state = created(model, optimizer)
     after, _ = jax.jit(TrainStep(model, optimizer))(state, batch)
     for (name, leaf), (_, before) in zip(named_leaves(after.params), named_leaves(state.params), strict=True):
         assert np.array_equal(leaf, before) == name.startswith(("token_embedder/", "encoder/")), name

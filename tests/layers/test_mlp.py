@@ -1,0 +1,48 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_like.errors import UserError
+from t5x_like.layers.mlp import MlpBlock
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(2, 3, 4)).astype(np.float32)
+WI_0, WI_1 = RNG.normal(size=(2, 4, 6)).astype(np.float32)
+WO = RNG.normal(size=(6, 4)).astype(np.float32)
+
+NAIVE = {
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu_exact": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "linear": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("activation", NAIVE)
+def test_plain(activation: str) -> None:
+    params = {"wi": {"kernel": WI_0}, "wo": {"kernel": WO}}
+    out = MlpBlock(6, (activation,)).apply({"params": params}, jnp.asarray(X))
+    np.testing.assert_allclose(out, NAIVE[activation](X @ WI_0) @ WO, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_gated(activation: str) -> None:
+    params = {"wi_0": {"kernel": WI_0}, "wi_1": {"kernel": WI_1}, "wo": {"kernel": WO}}
+    out = MlpBlock(6, (activation, "linear")).apply({"params": params}, jnp.asarray(X))
+    np.testing.assert_allclose(out, (NAIVE[activation](X @ WI_0) * (X @ WI_1)) @ WO, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_between_the_matrices() -> None:
+    params = {"wi": {"kernel": np.eye(4, dtype=np.float32)}, "wo": {"kernel": np.eye(4, dtype=np.float32)}}
+    x = jnp.ones((50, 3, 4))
+    out = MlpBlock(4, ("relu",), dropout_rate=0.5).apply({"params": params}, x, rngs={"dropout": jax.random.key(0)})
+    assert set(np.unique(out)) == {0.0, 2.0}
+
+
+def test_unknown_activation() -> None:
+    with pytest.raises(UserError, match="'gleu' is not one of relu, gelu, gelu_exact, silu, linear"):
+        MlpBlock(6, ("gleu",))
