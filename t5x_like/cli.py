@@ -7,12 +7,12 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import t5x_like
-from t5x_like.errors import UserError
+from t5x_like.errors import RunFailed, UserError, nearest
 
 
 class Verb(NamedTuple):
@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -129,12 +132,12 @@ def _parse(argv: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
             raise UserError(f"--gin.{binding}: write --gin.{binding}=value, with = and no blank")
     if not others or others[0] not in {*VERBS, "-h", "--help", "--version"}:
         given = others[0] if others else ""
-        raise UserError(f"{given!r} is no verb.{_nearest(given, VERBS)} Say t5x_like VERB ..., with {', '.join(VERBS)}")
+        raise UserError(f"{given!r} is no verb.{nearest(given, VERBS)} Say t5x_like VERB ..., with {', '.join(VERBS)}")
     options, unknown = parser.parse_known_args(others)
     if unknown:
         known = [option for action in parsers[options.verb]._actions for option in action.option_strings]
         name = unknown[0].partition("=")[0]
-        raise UserError(f"{options.verb} does not know {name!r}.{_nearest(name, [*known, '--gin.NAME'])}")
+        raise UserError(f"{options.verb} does not know {name!r}.{nearest(name, [*known, '--gin.NAME'])}")
     return options.verb, options, bindings
 
 
@@ -172,9 +175,3 @@ def _files_of_run(verb: str, bindings: Sequence[str]) -> list[str]:
         raise UserError(f"--gin.MODEL_DIR={folder}: there is no {config}, so give --gin_file=FILE")
     run_file = VERBS[verb].run_file
     return [*([run_file] if run_file else []), str(config)]
-
-
-def _nearest(name: str, candidates: Iterable[str]) -> str:
-    from t5x_like.gin_config import nearest
-
-    return nearest(name, candidates)

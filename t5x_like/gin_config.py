@@ -10,7 +10,6 @@ reads, imports and checks, `run` builds and calls. One thing differs, on purpose
 import contextlib
 import contextvars
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from gin import config_parser
 
-from t5x_like.errors import UserError
+from t5x_like.errors import UserError, nearest
 
 ALLOWED_PACKAGES = frozenset({"t5x_like", "seqio", "jax", "flax", "optax", "orbax"})
 STANDARD_MACROS = frozenset(
@@ -180,13 +179,6 @@ def operative_config() -> str:
     """The operative config of the command that `run` is running; empty outside of one."""
     config = _running.get()
     return config.operative_config() if config else ""
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """` Did you mean 'x'?`, or nothing when no candidate is close; upper and lower case count as the same."""
-    by_lower_case = {candidate.lower(): candidate for candidate in candidates}
-    match = difflib.get_close_matches(name.lower(), by_lower_case, 1)
-    return f" Did you mean {by_lower_case[match[0]]!r}?" if match else ""
 
 
 class _Delegate:

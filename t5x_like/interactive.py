@@ -62,11 +62,12 @@ class InteractiveModel:
         self._predictor = Predictor(self.model, self.partitioner)
 
     @classmethod
-    def load(cls, path: str | Path) -> "InteractiveModel":
+    def load(cls, path: str | Path, allow_imports: Sequence[str] = ()) -> "InteractiveModel":
         """Loads a run's folder (its newest checkpoint), one of its checkpoints, or a Hugging Face folder.
 
         Args:
           path: `runs/first`, `runs/first/checkpoints/1000`, or a folder with `config.json` and `model.safetensors`.
+          allow_imports: packages that the run's config imports besides the trusted ones.
 
         Raises:
           UserError: `path` is none of these, or its parts do not fit together.
@@ -80,8 +81,9 @@ class InteractiveModel:
                 f"{path}: neither a run's folder (config.gin), nor one of its checkpoints (checkpoints/STEP), "
                 "nor a Hugging Face folder (config.json)"
             )
+        files = ["runs/interactive.gin", str(run / "config.gin")]
         config = gin_config.load(
-            Parts, ["runs/interactive.gin", str(run / "config.gin")], roots=["t5x_like.commands.train.train"]
+            Parts, files, allow_imports=allow_imports, roots=["t5x_like.commands.train.train"]
         )
         parts = gin_config.run(config)
         assert isinstance(parts, Parts)

@@ -19,3 +19,14 @@ import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import pytest
+from tiny import train_tiny
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps on the shipped corpora, never interrupted: packed rows, a shuffled mixture, dropout."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert train_tiny(folder) == 0
+    return folder

@@ -1,8 +1,10 @@
 """The smallest T5 that still has every part, and batches for it."""
 
+from pathlib import Path
+
 import numpy as np
 
-from t5x_like import gin_config
+from t5x_like import cli, gin_config
 from t5x_like.models.encoder_decoder import EncoderDecoderModel
 
 SIZES = ("EMBED_DIM=16", "NUM_HEADS=2", "HEAD_DIM=8", "MLP_DIM=32", "NUM_ENCODER_LAYERS=2", "NUM_DECODER_LAYERS=2")
@@ -25,3 +27,30 @@ def random_batch(rows: int, seed: int = 0, pack: bool = False) -> dict[str, np.n
     count = 2 if pack else 1
     examples = [[example(count) for _ in range(count)] for _ in range(rows)]
     return tiny_model().converter.convert(examples, LENGTHS, packed=pack)
+
+
+TRAIN_CONFIG = """
+from __gin__ import dynamic_registration
+include 'models/t5_1_1_tiny.gin'
+include 'runs/finetune.gin'
+EMBED_DIM = 16
+NUM_HEADS = 2
+HEAD_DIM = 8
+MLP_DIM = 32
+NUM_ENCODER_LAYERS = 1
+NUM_DECODER_LAYERS = 1
+TASK_FEATURE_LENGTHS = {'inputs': 48, 'targets': 32}
+BATCH_SIZE = 8
+TRAIN_STEPS = 6
+SAVE_PERIOD = 2
+EVAL_PERIOD = 4
+EVAL_EXAMPLES = 5
+"""
+
+
+def train_tiny(folder: Path, *arguments: str) -> int:
+    """`t5x_like train` into `folder` with `TRAIN_CONFIG` and more arguments; the exit code."""
+    config = folder.with_name(f"{folder.name}.gin")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(TRAIN_CONFIG)
+    return cli.main(["train", f"--gin_file={config}", f"--gin.MODEL_DIR={folder}", *arguments])

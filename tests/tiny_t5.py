@@ -15,7 +15,7 @@ from t5x_like.models.encoder_decoder import EncoderDecoderModel
 from t5x_like.typing import Params
 
 VOCAB, EMBED, HEADS, HEAD_DIM, MLP = 19, 10, 3, 4, 14
-ENCODER_LAYERS, DECODER_LAYERS = 2, 3
+ENCODER_LAYERS, DECODER_LAYERS = 1, 2
 
 
 def tiny_t5(

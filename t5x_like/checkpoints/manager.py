@@ -117,6 +117,8 @@ class Checkpoints:
             position=ocp.args.JsonSave(_of_all_processes(position)),
             digests=ocp.args.JsonSave(integrity.digests(state)),
         )
+        if step in self._manager.all_steps():  # a corrupt one that was stepped over
+            self._manager.delete(step)
         self._manager.save(step, args=items, metrics=metrics, force=True)
 
     def restore_latest(self, like: TrainState) -> Restored | None:
@@ -200,6 +202,10 @@ class Checkpoints:
         if changed:
             names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
             raise CorruptCheckpoint(f"{self._folder / str(step)}: not what was saved: {names}")
+
+    def saved_digests(self, step: int) -> dict[str, int]:
+        """The digest of every array as it was saved, by name: two runs are bitwise equal where these are."""
+        return self._manager.restore(step, args=ocp.args.Composite(digests=ocp.args.JsonRestore())).digests
 
     def check_shapes(self, step: int, like: Params) -> None:
         """Raises `UserError` listing the parameters which a checkpoint and a tree of shapes do not have in common."""

@@ -95,7 +95,7 @@ def train(
                     evaluator, Predictor(model, partitioner), eval_period, model_dir, log, early_stopping
                 )
                 hooks = [evaluation, dataclasses.replace(hooks[0], evaluation=evaluation)]
-            flops = 3 * matmul_flops(lambda p, b: model.loss(p, b).loss.total, state.params, batch)
+            flops = 3.0 * matmul_flops(lambda p, b: model.loss(p, b).loss.total, state.params, batch)
             peak = matmul_peak(default_dtype()) * run_folder.matmul_devices()
             monitor = Monitor(trainer, log, model_dir, flops, peak)
             step = TrainStep(model, trainer.optimizer, trainer.seed, trainer.microbatches)

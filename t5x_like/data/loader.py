@@ -8,7 +8,6 @@ found again from its block, its row in the packed block, and where each task sto
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import inspect
 import itertools
 import logging
@@ -64,7 +63,6 @@ class DatasetConfig:
       num_shards: parts that the data is dealt into, each feeding its own rows of the batch. The data order
         depends on it, not on the number of processes; with one shard per process, each reads only its own.
       use_cached: read from seqio's offline cache where a task supports it.
-      module: imported first, to register third-party tasks.
     """
 
     mixture_or_task_name: str
@@ -77,7 +75,6 @@ class DatasetConfig:
     vocabulary: seqio.Vocabulary | None = None
     num_shards: int = 1
     use_cached: bool = False
-    module: str | None = None
 
     def __post_init__(self) -> None:
         """Raises `UserError` for a number that can never work."""
@@ -101,19 +98,14 @@ def weighted_tasks(config: DatasetConfig) -> list[WeightedTask]:
     """The tasks behind `config.mixture_or_task_name`; nested mixtures are flattened.
 
     Args:
-      config: names the task or mixture, the module that registers it, the split and the vocabulary.
+      config: names the task or mixture, the split and the vocabulary.
 
     Returns:
       The tasks that have the split, sorted by name; with `config.vocabulary` if it is set.
 
     Raises:
-      UserError: the module cannot be imported, no task has the split, or the tasks' vocabularies differ.
+      UserError: no task has the split, or the tasks' vocabularies differ.
     """
-    if config.module is not None:
-        try:
-            importlib.import_module(config.module)
-        except ImportError as error:
-            raise UserError(f"DatasetConfig.module {config.module!r} cannot be imported: {error}") from error
     name, split = config.mixture_or_task_name, config.split
     provider = tasks.get_task_or_mixture(name)
     mixed = [WeightedTask(provider, 1.0)]
@@ -318,7 +310,8 @@ def eval_batches(
         if not real:
             raise _empty(task, config)
         while real:
-            rows = [[example] for example in real] + [[]] * (config.batch_size - len(real))
+            tokens = [{name: example[name] for name in converter.task_features} for example in real]
+            rows = [[example] for example in tokens] + [[]] * (config.batch_size - len(real))
             batch = converter.convert(rows[own_rows], config.task_feature_lengths, packed=False)
             yield EvalBatch(batch, real)
             real = list(itertools.islice(examples, config.batch_size))

@@ -10,7 +10,7 @@ from t5x_like.typing import Array, Float, Int
 def relative_position_bucket(
     relative_position: Int[Array, "q_len k_len"], bidirectional: bool, num_buckets: int, max_distance: int
 ) -> Int[Array, "q_len k_len"]:
-    """Buckets of the distance `key - query` (Raffel et al. 2020, section 2.1): one each for near ones, logarithmic after.
+    """Buckets of the distance `key - query` (Raffel et al. 2020, section 2.1): near ones own one, far ones share (log).
 
     Half the buckets serve keys to the right if `bidirectional`; otherwise those share bucket 0. Distances from
     `max_distance` on share the last bucket.

@@ -18,7 +18,7 @@ from t5x_like.training.run_log import read_jsonl, replace_text
 Points = Sequence[tuple[int, float | None]]
 """`(step, value)` in order of step; None where the value was not finite."""
 
-MAIN_CURVES = ("loss", "accuracy", "learning_rate", "grad_norm", "tokens_per_second")
+MAIN_CURVES = ("loss", "accuracy", "learning_rate", "gradient_norm", "tokens_per_second", "share_of_matmul_peak")
 SAMPLES_PER_TASK = 5
 POINTS_PER_CURVE = 300
 
@@ -85,10 +85,10 @@ def _summary(curves: dict[str, Points], run: dict[str, object]) -> str:
     speeds = [value for _, value in curves.get("tokens_per_second", ()) if value is not None]
     if speeds:
         facts["tokens/s (median)"] = _number(median(speeds))
-    if isinstance(parameters := run.get("parameter_count"), int):
+    if isinstance(parameters := run.get("parameters"), int):
         facts["parameters"] = f"{parameters:,}"
     if isinstance(devices := run.get("devices"), dict):
-        facts["devices"] = f"{devices['count']} × {devices['kind']}"
+        facts["devices"] = f"{devices['count']} {devices['kind']}"
     tiles = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     return f"<dl>{''.join(tiles)}</dl>"
 
@@ -155,7 +155,9 @@ def _curve_svg(label: str, points: Sequence[tuple[int, float]]) -> str:
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most about `POINTS_PER_CURVE` points: the lowest and highest of every stretch, so that no spike is lost."""
+    """About `POINTS_PER_CURVE` points at most: the lowest and highest of every stretch, so that no spike is lost."""
+    if len(points) <= POINTS_PER_CURVE:
+        return list(points)
     stretch = 2 * math.ceil(len(points) / POINTS_PER_CURVE)
     kept = {points[0], points[-1]}
     for start in range(0, len(points), stretch):
@@ -239,7 +241,8 @@ PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --text: #1c2430; --faint: #667085; --rule: #e4e7ec; --line: #2563c9; }
+:root { color-scheme: light dark;
+  --page: #f6f7f9; --card: #fff; --text: #1c2430; --faint: #667085; --rule: #e4e7ec; --line: #2563c9; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #12151a; --card: #1a1f27; --text: #e6e9ee; --faint: #97a1b0; --rule: #2c343f; --line: #6ea8ff; }
 }
@@ -253,7 +256,8 @@ dl div, figure, .scroll, pre { background: var(--card); border: 1px solid var(--
 dl div { padding: 12px 16px; }
 dt, figcaption, th { color: var(--faint); font-size: 13px; font-weight: 500; }
 dd { margin: 0; font-size: 21px; font-weight: 600; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 12px; margin: 12px 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 12px;
+  margin: 12px 0; }
 figure { margin: 0; padding: 12px 14px 6px; }
 figcaption { display: flex; justify-content: space-between; }
 figcaption b { color: var(--text); font-weight: 600; font-variant-numeric: tabular-nums; }
@@ -266,10 +270,12 @@ circle { fill: transparent; }
 circle:hover { fill: var(--line); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
-th, td { padding: 8px 14px; text-align: start; vertical-align: top; border-top: 1px solid var(--rule); overflow-wrap: break-word; }
+th, td { padding: 8px 14px; text-align: start; vertical-align: top; overflow-wrap: break-word;
+  border-top: 1px solid var(--rule); }
 thead th, tbody:first-child tr:first-child td { border-top: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { padding: 14px 16px; margin: 0; overflow-x: auto; font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
+pre { padding: 14px 16px; margin: 0; max-height: 480px; overflow: auto;
+  font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
 
 summary { cursor: pointer; margin: 12px 0; color: var(--faint); }
 </style>

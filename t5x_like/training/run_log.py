@@ -89,9 +89,7 @@ class RunLog:
             JsonlWriter(folder / "evaluations.jsonl", resumed_step),
             *shared,
         )
-        self._progress: Progress = (
-            ProgressBar(total_steps) if sys.stderr.isatty() else ProgressLines(total_steps)
-        )
+        self._progress: Progress = ProgressBar(total_steps) if sys.stderr.isatty() else ProgressLines(total_steps)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -314,6 +312,16 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, float | None]]]:
     return rows
 
 
+def read_evaluations(model_dir: str | Path) -> dict[int, dict[str, float]]:
+    """What `RunLog.evaluation` has reported so far: step -> value by `TASK/METRIC`; empty where nothing has."""
+    path = Path(model_dir) / "metrics" / "evaluations.jsonl"
+    reported: dict[int, dict[str, float]] = {}
+    for step, scalars in read_jsonl(path) if path.exists() else ():
+        finite = {name.removeprefix("eval/"): value for name, value in scalars.items() if value is not None}
+        reported.setdefault(step, {}).update(finite)
+    return reported
+
+
 def _json_line(step: int, scalars: Mapping[str, float | None]) -> str:
     finite = {name: x if x is not None and math.isfinite(x) else None for name, x in scalars.items()}
     return json.dumps({"step": step} | finite) + "\n"
@@ -334,7 +342,7 @@ def write_run_json(model_dir: str | Path, facts: Mapping[str, object]) -> Path:
 
     Args:
         model_dir: the run's folder.
-        facts: what only the caller knows, e.g. `mesh`, `parameter_count`, `seeds`; anything JSON can hold.
+        facts: what only the caller knows, e.g. `mesh`, `parameters`, `seeds`; anything JSON can hold.
 
     Returns:
         The path of the file.
@@ -375,14 +383,3 @@ def git_revision(folder: Path) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def read_evaluations(model_dir: str | Path) -> dict[int, dict[str, float]]:
-    """What `RunLog.evaluation` has reported so far: step -> value by `TASK/METRIC`; empty where nothing has."""
-    path = Path(model_dir) / "metrics" / "evaluations.jsonl"
-    reported: dict[int, dict[str, float]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
-        values = {name.removeprefix("eval/"): value for name, value in row.items() if name != "step" and value is not None}
-        reported.setdefault(row["step"], {}).update(values)
-    return reported

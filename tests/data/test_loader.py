@@ -235,19 +235,6 @@ def test_another_vocabulary_takes_the_place_of_the_tasks_own() -> None:
     np.testing.assert_array_equal(batch["decoder_target_tokens"][0, :4], [0xC3 + 3, 0xA9 + 3, 1, 0])
 
 
-def test_a_module_is_imported_for_the_tasks_that_it_registers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "loader_third_party.py").write_text(
-        "import seqio\n"
-        "task = seqio.TaskRegistry.get('loader_plain').replace(name='loader_third_party')\n"
-        "seqio.TaskRegistry.add_provider('loader_third_party', task)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    settings = dataclasses.replace(config("loader_third_party", 7), module="loader_third_party")
-    assert sorted(take(settings, 1)[0][0]["decoder_target_tokens"][:, 0]) == [1, 2, 3, 4, 5, 6, 7]
-    with pytest.raises(UserError, match=r"DatasetConfig.module 'loader_nobody' cannot be imported: No module"):
-        TrainLoader(dataclasses.replace(settings, module="loader_nobody"), CONVERTER)
-
-
 def test_a_cached_task_is_read_from_its_cache_in_disjoint_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,7 +53,7 @@ def a_run(folder: Path) -> Path:
         path.write_text(json.dumps(sample | {"inputs": text}) + "\n" + json.dumps(sample | {"score": None}) + "\n")
     (folder / "config.gin").write_text(f"# {HOSTILE}\nTRAIN_STEPS = 3\n")
     facts = {
-        "parameter_count": 1234567,
+        "parameters": 1234567,
         "devices": {"kind": "cpu", "count": 8},
         "versions": {"jax": "0.10.2"},
     }
@@ -80,7 +80,7 @@ def test_the_page_holds_metrics_samples_config_and_versions(tmp_path: Path) -> N
         "final loss": "4",
         "tokens/s (median)": "200",
         "parameters": "1,234,567",
-        "devices": "8 × cpu",
+        "devices": "8 cpu",
     }
 
 

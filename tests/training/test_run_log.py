@@ -22,6 +22,7 @@ from t5x_like.training.run_log import (
     TensorBoardWriter,
     WandbWriter,
     git_revision,
+    read_evaluations,
     read_jsonl,
     replace_text,
     write_run_json,
@@ -166,9 +167,7 @@ def test_lines_come_at_the_first_step_the_last_and_every_interval(capsys: pytest
 
 
 def test_the_bar_shows_step_loss_speed_and_times_under_the_messages() -> None:
-    console = Console(
-        file=io.StringIO(), force_terminal=True, width=100, color_system=None, legacy_windows=False
-    )
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None, legacy_windows=False)
     bar = ProgressBar(1000, console)
     bar.update(1, scalars(5.5))
     bar.message("a message with [brackets]")
@@ -207,9 +206,7 @@ class FakeWandb:
         )
 
 
-def test_weights_and_biases_goes_on_with_the_same_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_and_biases_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for step in (1, 2):
@@ -235,8 +232,8 @@ def test_a_missing_wandb_is_the_users_to_install(tmp_path: Path, monkeypatch: py
 
 def test_run_json_describes_every_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["t5x_like", "train", "--gin.MODEL_DIR=my runs"])
-    write_run_json(tmp_path, {"mesh": {"data": 8}, "parameter_count": 1000, "seeds": {"seed": 0}})
-    path = write_run_json(tmp_path, {"mesh": {"data": 4, "model": 2}, "parameter_count": 1000})
+    write_run_json(tmp_path, {"mesh": {"data": 8}, "parameters": 1000, "seeds": {"seed": 0}})
+    path = write_run_json(tmp_path, {"mesh": {"data": 4, "model": 2}, "parameters": 1000})
 
     assert path == tmp_path / "run.json"
     run = json.loads(path.read_text())
@@ -270,3 +267,16 @@ def test_git_revision_is_the_commit_and_whether_it_was_changed(tmp_path: Path) -
     assert git_revision(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "a").write_text("2")
     assert git_revision(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_evaluations_are_read_back_by_step(tmp_path: Path) -> None:
+    assert read_evaluations(tmp_path) == {}
+    with RunLog(tmp_path, total_steps=2) as log:
+        log.evaluation(1, "bible", {"bleu": 1.0, "perplexity": math.inf})
+        log.evaluation(1, "supersense", {"accuracy": 0.25})
+        log.evaluation(2, "bible", {"bleu": 3.0})
+        log.evaluation(2, "bible", {"bleu": 2.0})
+    assert read_evaluations(tmp_path) == {
+        1: {"bible/bleu": 1.0, "supersense/accuracy": 0.25},
+        2: {"bible/bleu": 2.0},
+    }

@@ -1,0 +1,85 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_like.architectures.stack import LayerStack, fresh_copy
+from t5x_like.errors import UserError
+from t5x_like.layers.dropout import Dropout
+from t5x_like.layers.mlp import MlpBlock
+from t5x_like.typing import Array, Float, Params
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
+
+
+class Network(nn.Module):
+    """Nothing but a stack."""
+
+    stack: LayerStack
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
+        return self.stack(self, x)
+
+
+@pytest.mark.parametrize("remat", [None, "full"])
+def test_patterns_alternate(remat: str | None) -> None:
+    pattern = (MlpBlock(5), MlpBlock(6, ("gelu", "linear")))
+    looped, scanned = (Network(LayerStack(pattern, 3, scan, remat)) for scan in (False, True))
+    variables = nn.unbox(looped.init(jax.random.key(0), X))["params"]
+    assert [variables[f"layers_{i}"]["wo"]["kernel"].shape for i in range(6)] == [(5, 4), (6, 4)] * 3
+    stacked = {
+        f"layers_{i}": jax.tree.map(
+            lambda *leaves: jnp.stack(leaves, axis=1), *(variables[f"layers_{j}"] for j in range(i, 6, 2))
+        )
+        for i in range(2)
+    }
+    made = nn.unbox(jax.eval_shape(scanned.init, jax.random.key(0), X))["params"]["layers"]
+    assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(lambda leaf: leaf.shape, made)
+    np.testing.assert_allclose(
+        scanned.apply({"params": {"layers": stacked}}, X), looped.apply({"params": variables}, X), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("remat", [None, "full"])
+def test_every_layer_draws_its_own_dropout(scan: bool, remat: str | None) -> None:
+    network = Network(LayerStack((Dropout(0.5, ()),), 2, scan, remat))
+    out = network.apply({}, jnp.ones((10, 10, 100)), rngs={"dropout": jax.random.key(0)})
+    assert abs((out != 0).mean() - 0.25) < 0.02  # and not 0.5
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_recomputing_draws_the_same_dropout(scan: bool) -> None:
+    def loss_and_gradient(remat: str | None) -> tuple[Array, Params]:
+        network = Network(LayerStack((MlpBlock(5, dropout_rate=0.5),), 2, scan, remat))
+        params = nn.unbox(network.init(jax.random.key(0), X))["params"]
+
+        def loss(params: Params) -> Array:
+            return (network.apply({"params": params}, X, rngs={"dropout": jax.random.key(1)}) ** 2).sum()
+
+        return jax.value_and_grad(loss)(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *map(loss_and_gradient, (None, "full")))
+
+
+def test_mistakes() -> None:
+    with pytest.raises(UserError, match=r"LayerStack\.remat: 'most' is not one of full, minimal, dots or None"):
+        LayerStack((MlpBlock(5),), 2, remat="most")
+    with pytest.raises(UserError, match="needs a pattern and repeats >= 1, got 1 layers x 0"):
+        LayerStack((MlpBlock(5),), 0)
+    with pytest.raises(UserError, match="got 0 layers x 2"):
+        LayerStack((), 2)
+
+
+def test_copies_share_neither_themselves_nor_their_children() -> None:
+    inner = MlpBlock(5)
+    network = Network(LayerStack((inner,), 2))
+    copy = fresh_copy(network, name="other")
+    assert copy.name == "other"
+    assert copy.stack == network.stack
+    outer = nn.Sequential((inner, inner))
+    first, second = fresh_copy(outer).layers
+    assert first == second == inner
+    assert len({id(first), id(second), id(inner)}) == 3
