@@ -1,5 +1,7 @@
 """A T5 small enough to compile in a second, with every part that tests swap."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,9 @@ from t5x_like.layers.mlp import MlpBlock
 from t5x_like.layers.positions import RelativePositionBias
 from t5x_like.models.encoder_decoder import EncoderDecoderModel
 from t5x_like.typing import Params
+
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""For tests, which compile for longer than they compute."""
 
 VOCAB, EMBED, HEADS, HEAD_DIM, MLP = 19, 10, 3, 4, 14
 ENCODER_LAYERS, DECODER_LAYERS = 1, 2

@@ -51,7 +51,7 @@ def print_plan(config: str, model: Model, dataset: DatasetConfig, trainer: Train
 
 def _memory(
     model: Model, state: train_state.TrainState, batch: PyTree, microbatches: int, ways: int
-) -> list[tuple[str, float]]:
+) -> list[tuple[str, int]]:
     """Estimated bytes on the fullest device, by purpose. What is kept for the backward pass is counted as if only the
     batch were split; temporaries of the compiler are not in it.
     """
@@ -68,7 +68,7 @@ def _memory(
         "parameters": params,
         "gradients": params,
         "optimizer state": opt_state,
-        "activations (est.)": max(kept, 0) / ways,
+        "activations (est.)": max(kept, 0) // ways,
     }
     return [*sizes.items(), ("total (est.)", sum(sizes.values()))]
 

@@ -43,6 +43,15 @@ def test_patterns_alternate(remat: str | None) -> None:
 
 
 @pytest.mark.parametrize("scan", [False, True])
+def test_every_layer_draws_its_own_parameters(scan: bool) -> None:
+    variables = Network(LayerStack((MlpBlock(5),), 3, scan)).init(jax.random.key(0), X)
+    leaves = jax.tree.leaves(nn.unbox(variables))
+    assert sum(leaf.size for leaf in leaves) == 3 * 2 * 4 * 5
+    numbers = np.concatenate([np.ravel(leaf) for leaf in leaves])
+    assert len(np.unique(numbers)) == numbers.size
+
+
+@pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("remat", [None, "full"])
 def test_every_layer_draws_its_own_dropout(scan: bool, remat: str | None) -> None:
     network = Network(LayerStack((Dropout(0.5, ()),), 2, scan, remat))
