@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measures this machine: `scripts/benchmark.py --case NAME` prints one JSON line.
 
-Keys: case, dtype, seconds_per_step (median), tokens_per_second, matmul_peak_gflops (measured in the same process, in the
-same dtype), share_of_peak, peak_memory_gib, versions; and what else the case knows.
+Keys: case, dtype, seconds_per_step (median), tokens_per_second, matmul_peak_gflops (measured in the same process and
+dtype), share_of_peak, peak_memory_gib, versions; and what else the case knows.
 """
 
 import argparse

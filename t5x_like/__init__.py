@@ -1,4 +1,4 @@
-"""T5, Switch Transformers and their relatives in JAX: gin configs, seqio tasks, Flax Linen modules, Orbax checkpoints."""
+"""T5, Switch Transformers and their relatives in JAX: gin, seqio, Flax Linen and Orbax."""
 
 from typing import TYPE_CHECKING
 

@@ -32,7 +32,7 @@ from t5x_like.training.train_state import TrainState
 from t5x_like.typing import Float, Params
 
 ROWS = 32
-"""Texts are padded to batches of at most so many rows and to lengths that are powers of two: few programs to compile."""
+"""Texts go in batches of at most so many rows; sizes are padded to powers of two, so that few programs are compiled."""
 
 
 class Parts(NamedTuple):
@@ -82,9 +82,7 @@ class InteractiveModel:
                 "nor a Hugging Face folder (config.json)"
             )
         files = ["runs/interactive.gin", str(run / "config.gin")]
-        config = gin_config.load(
-            Parts, files, allow_imports=allow_imports, roots=["t5x_like.commands.train.train"]
-        )
+        config = gin_config.load(Parts, files, allow_imports=allow_imports, roots=["t5x_like.commands.train.train"])
         parts = gin_config.run(config)
         assert isinstance(parts, Parts)
         partitioner = Partitioner.single_device()

@@ -1,7 +1,7 @@
 """From logical axes to devices: which mesh axis splits which array dimension.
 
-Layers name their dimensions (`batch length embed heads ...`); `ShardingRules` says, in one place, which mesh axis splits
-each name; nothing else in the library knows a mesh axis by name.
+Layers name their dimensions (`batch length embed heads ...`); `ShardingRules` says, in one place, which mesh axis
+splits each name; nothing else in the library knows a mesh axis by name.
 """
 
 import contextlib
@@ -50,11 +50,11 @@ class ShardingRules:
             for name in _as_tuple(getattr(self, field.name)):
                 if name not in MESH_AXES:
                     raise UserError(
-                        f"ShardingRules.{field.name}: {name!r} is no mesh axis; use one of {', '.join(MESH_AXES)} or None"
+                        f"ShardingRules.{field.name}: {name!r} is no mesh axis; use {', '.join(MESH_AXES)} or None"
                     )
 
     def spec(self, axes: LogicalAxes, mesh: Mesh) -> PartitionSpec:
-        """The partition of an array whose dimensions are named `axes` (None: replicated); mesh axes of size 1 are left out."""
+        """The partition of an array whose dimensions are named `axes` (None: replicated), without mesh axes of size 1."""
         used: set[str] = set()
         parts: list[MeshAxes] = []
         for axis in axes:
@@ -99,7 +99,8 @@ def make_mesh(
         sizes[free[0]] = len(devices) // fixed
     if np.prod(list(sizes.values())) != len(devices):
         raise UserError(
-            f"make_mesh: {' x '.join(f'{name} {size}' for name, size in sizes.items())} does not make {len(devices)} devices; "
+            f"make_mesh: {' x '.join(f'{name} {size}' for name, size in sizes.items())} "
+            f"does not make {len(devices)} devices; "
             f"let the product be {len(devices)}, or set one axis to -1"
         )
     shape = tuple(sizes.values())

@@ -35,7 +35,10 @@ def test_padding_is_not_attended_to(model: InteractiveModel) -> None:
 
 
 def test_score_is_the_log_likelihood_of_the_target_with_its_end(model: InteractiveModel) -> None:
-    inputs, targets = ["supersense: dog: an animal", "supersense: a much longer input than the first: one"], ["animal", "act"]
+    inputs, targets = (
+        ["supersense: dog: an animal", "supersense: a much longer input than the first: one"],
+        ["animal", "act"],
+    )
     scores = model.score(inputs, targets)
     for text, target, score in zip(inputs, targets, scores, strict=True):
         source = np.array([[*model.vocabulary.encode(text), 1]])

@@ -25,10 +25,10 @@ class LayerStack:
     `layers_1`, ... in a loop; one `layers` with a layer axis (second, as T5X's scalable_t5) under scan.
 
     Attributes:
-      pattern: layers, called as `layer(x, *context) -> x`; more than one makes alternating stacks such as dense, sparse.
+      pattern: layers, called as `layer(x, *context) -> x`; several alternate, such as dense and sparse ones.
       repeats: how often; `len(pattern) * repeats` layers in all.
       scan: compile one repetition and loop over it (`jax.lax.scan`): compile time no longer grows with depth.
-      remat: None keeps all activations for the backward pass; `full`, `minimal` and `dots` recompute (`REMAT_POLICIES`).
+      remat: None keeps all activations for the backward pass; the names in `REMAT_POLICIES` recompute.
     """
 
     pattern: tuple[nn.Module, ...]

@@ -65,7 +65,7 @@ class DecoderLayer(nn.Module):
         x: Float[Array, "batch length embed"],
         encoded: Float[Array, "batch encoder_length embed"] | None,
         bias: Float[Array, "1 heads length _"] | None,
-        mask: masks.Mask | None,
+        mask: masks.Mask,
         cross_mask: masks.Mask | None,
         position: Int[Array, ""] | None,
     ) -> Float[Array, "batch length embed"]:
@@ -209,7 +209,7 @@ class T5(nn.Module):
     def make_cache(
         self, encoded: Float[Array, "batch encoder_length embed"], tokens: Int[Array, "batch length"]
     ) -> Float[Array, "batch length vocab"]:
-        """Run with a mutable `cache`: fills it with the encoder's keys and values, and with room for `length` tokens."""
+        """Run with a mutable `cache`: fills it with the encoder's keys and values, and room for `length` tokens."""
         columns = jnp.arange(tokens.shape[1])
         return self.decode(tokens, encoded, masks.causal_mask(columns, columns), None)
 

@@ -46,9 +46,7 @@ class RestoreFrom:
         leaves = dict(named_leaves(params))
         wanted = {name: self._their_name(name) for name in leaves if re.fullmatch(self.include, name)}
         if not wanted:
-            raise UserError(
-                f"RestoreFrom.include {self.include!r} matches no parameter; names look like {next(iter(leaves))}"
-            )
+            raise UserError(f"RestoreFrom.include {self.include!r} matches no parameter, such as {next(iter(leaves))}")
         with Checkpoints(Path(self.path) / "checkpoints") as checkpoints:
             steps = checkpoints.steps()
             step = self.step if self.step is not None else max(steps, default=None)
@@ -56,7 +54,7 @@ class RestoreFrom:
                 raise UserError(f"RestoreFrom: {self.path} has no checkpoint of step {step}; it has {steps or 'none'}")
             theirs = checkpoints.parameter_shapes(step)
             wrong = [
-                f"{name}: {leaves[name].shape}, over there {theirs.get(their_name, 'no such parameter')} as {their_name}"
+                f"{name}: {leaves[name].shape}, over there {theirs.get(their_name, 'nothing')} as {their_name}"
                 for name, their_name in wanted.items()
                 if theirs.get(their_name) != leaves[name].shape
             ]

@@ -45,7 +45,8 @@ def evaluate(
         steps = choose_steps(checkpoints.steps(), step, model_dir)
         if dry_run:
             print(
-                f"{gin_config.operative_config()}\nwould evaluate {[task.name for task in evaluator.tasks()]} at {steps}"
+                f"{gin_config.operative_config()}\n"
+                f"would evaluate {[task.name for task in evaluator.tasks()]} at {steps}"
             )
             return
         batch = run_folder.example_batch(model, evaluator.dataset, rows=1)
@@ -70,6 +71,6 @@ def choose_steps(steps: list[int], wanted: int | str, model_dir: str) -> list[in
         return steps[-1:]
     if wanted not in steps:
         raise UserError(
-            f"{model_dir} has no checkpoint of step {wanted!r}; it has {', '.join(map(str, steps))}, or say latest or all"
+            f"{model_dir} has no checkpoint of step {wanted!r}; it has {', '.join(map(str, steps))} (or: latest, all)"
         )
     return [int(wanted)]

@@ -24,7 +24,7 @@ from t5x_like.training.report import write_report
 from t5x_like.training.run_log import RunLog, SilentRunLog, read_evaluations, write_run_json
 from t5x_like.training.step import TrainStep
 from t5x_like.training.train_state import TrainState
-from t5x_like.training.trainer import Monitor, Progress, Trainer
+from t5x_like.training.trainer import Hook, Monitor, Progress, Trainer
 
 
 def train(
@@ -65,7 +65,8 @@ def train(
     partitioner = partitioner or Partitioner()
     config = gin_config.operative_config()
     if dry_run:
-        return dry.print_plan(config, model, dataset, trainer, partitioner)
+        dry.print_plan(config, model, dataset, trainer, partitioner)
+        return
     run_folder.check_config(model_dir, config)
     loader = TrainLoader(dataset, model.converter, jax.process_index(), jax.process_count())
     batch = run_folder.example_batch(model, dataset, dataset.batch_size)
@@ -89,12 +90,12 @@ def train(
             for warning in restored.warnings if restored else ():
                 log.message(f"stepped over {warning}")
             log.message(f"{'resumed at' if restored else 'starting from'} step {int(state.step)} in {model_dir}")
-            hooks = [SaveHook(saved, checkpoints.save_period)]
+            hooks: list[Hook] = [SaveHook(saved, checkpoints.save_period)]
             if evaluator is not None:
                 evaluation = EvaluationHook(
                     evaluator, Predictor(model, partitioner), eval_period, model_dir, log, early_stopping
                 )
-                hooks = [evaluation, dataclasses.replace(hooks[0], evaluation=evaluation)]
+                hooks = [evaluation, SaveHook(saved, checkpoints.save_period, evaluation)]
             flops = 3.0 * matmul_flops(lambda p, b: model.loss(p, b).loss.total, state.params, batch)
             peak = matmul_peak(default_dtype()) * run_folder.matmul_devices()
             monitor = Monitor(trainer, log, model_dir, flops, peak)
@@ -140,12 +141,10 @@ class EvaluationHook:
             self.history[progress.step] |= {f"{result.task}/{name}": value for name, value in result.metrics.items()}
             if jax.process_index() == 0:
                 write_rows(self.model_dir, progress.step, result)
-        stop = self.early_stopping is not None and self.early_stopping.should_stop(self.history)
-        if stop:
-            self.log.message(
-                f"step {progress.step}: {self.early_stopping.metric} no longer gets better; stopping early"
-            )
-        return stop
+        if self.early_stopping is None or not self.early_stopping.should_stop(self.history):
+            return False
+        self.log.message(f"step {progress.step}: {self.early_stopping.metric} no longer gets better; stopping early")
+        return True
 
 
 @dataclasses.dataclass(frozen=True)

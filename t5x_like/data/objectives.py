@@ -131,9 +131,7 @@ def corrupt_spans(
     }
 
 
-def random_segmentation(
-    num_items: tf.Tensor, num_segments: tf.Tensor, seed: tuple[tf.Tensor, tf.Tensor]
-) -> tf.Tensor:
+def random_segmentation(num_items: tf.Tensor, num_segments: tf.Tensor, seed: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
     """Divides items into non-empty segments, every way to do so being equally likely.
 
     Args:

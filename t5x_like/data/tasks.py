@@ -177,9 +177,7 @@ def with_vocabulary(task: seqio.Task, vocabulary: seqio.Vocabulary) -> seqio.Tas
     if features == task.output_features:
         return task
     if type(task) is not seqio.Task:
-        raise UserError(
-            f"task {task.name!r} is a {type(task).__name__}; only a plain seqio.Task can change vocabulary"
-        )
+        raise UserError(f"task {task.name!r} is a {type(task).__name__}; only a plain seqio.Task can change vocabulary")
     steps = [step for step in task.preprocessors if not isinstance(step, seqio.CacheDatasetPlaceholder)]
     return task.replace(output_features=features, preprocessors=steps)
 

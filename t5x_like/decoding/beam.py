@@ -99,9 +99,7 @@ class BeamSearch:
         live = start(stepper.reorder(cache, example_of_row), prompt[example_of_row], max_length)
         # All beams of an example would start, and stay, the same: only its first one is a hypothesis.
         live = live._replace(scores=jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf), batch))
-        finished = Decoded(
-            jnp.zeros((batch, beams, max_length), prompt.dtype), jnp.full((batch, beams), -jnp.inf)
-        )
+        finished = Decoded(jnp.zeros((batch, beams, max_length), prompt.dtype), jnp.full((batch, beams), -jnp.inf))
         state = jax.lax.while_loop(lambda state: running(state.live), extend, BeamState(live, finished))
         return state.finished
 

@@ -13,7 +13,7 @@ class Stepper(NamedTuple):
     """What a search needs of a network.
 
     Attributes:
-      step: `(cache, tokens [rows], position []) -> (logits [rows, vocab] float32, cache)`: feeds the token at `position`
+      step: `(cache, tokens [rows], position []) -> (logits [rows, vocab], cache)`: feeds the token at `position`
         (0 is the start token) of every row and returns the logits of the token at `position + 1`.
       reorder: `(cache, rows [new_rows]) -> cache` whose row `i` is the old row `rows[i]`; may grow or shrink the batch.
     """
@@ -27,7 +27,7 @@ class Decoded(NamedTuple):
 
     Attributes:
       tokens: what follows the start token, forced prompt tokens and the end token included, 0 after the end token.
-      scores: log-probability of the tokens chosen (prompt tokens cost nothing); for beam search divided by its length penalty.
+      scores: log-probability of the tokens chosen (prompt tokens cost nothing); beam search divides by its penalty.
     """
 
     tokens: Int[Array, "batch samples length"]

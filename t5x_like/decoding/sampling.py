@@ -90,7 +90,5 @@ class Sampling:
         return best(samples, self.num_samples)
 
 
-def _cut_below(
-    least: Float[Array, "rows 1"], logits: Float[Array, "rows vocab"]
-) -> Float[Array, "rows vocab"]:
+def _cut_below(least: Float[Array, "rows 1"], logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
     return jnp.where(logits < least, -jnp.inf, logits)

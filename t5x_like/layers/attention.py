@@ -32,7 +32,7 @@ def attention_weights(
 class MultiHeadAttention(nn.Module):
     """Attention with learned projections and no biases (Vaswani et al. 2017, eq. 1, without its 1/sqrt(head_dim)).
 
-    T5 folds that factor into the query's initialiser; optimisers that scale updates by the parameter's size keep it there.
+    T5 folds that factor into the query's initialiser; updates scaled by the parameter's size keep it there.
 
     Attributes:
       num_heads: heads.
@@ -65,7 +65,7 @@ class MultiHeadAttention(nn.Module):
           context: keys and values; calls with a `position` take them from the cache instead.
           bias: added to the logits.
           mask: True where a query may look.
-          position: where in the sequence `x` starts, in cached decoding; `bias` and `mask` then speak of all cached keys.
+          position: where `x` starts in the sequence, in cached decoding; `bias` and `mask` then speak of all cached keys.
 
         Returns:
           Same shape as `x`.

@@ -10,8 +10,8 @@ class Dropout(nn.Module):
 
     Attributes:
       rate: probability of a zero.
-      broadcast_dims: dimensions that share one mask. T5 shares it over length (-2), which is also the cheap choice: masks
-        drawn per element cost a fifth of a small model's step on a CPU. `()` draws every element.
+      broadcast_dims: dimensions that share one mask. T5 shares it over length (-2), the cheap choice: masks drawn per
+        element cost a fifth of a small model's step on a CPU. `()` draws every element.
     """
 
     rate: float = 0.0

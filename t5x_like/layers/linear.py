@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 from jax.typing import DTypeLike
 
+from t5x_like.layers.parameters import parameter
 from t5x_like.typing import Array, Float, Int, PRNGKey
 
 
@@ -19,7 +20,7 @@ def default_dtype() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class FanInNormal:
-    """Initialiser: normal with variance `scale / fan_in`, as Mesh-TensorFlow's T5 draws its matrices (Raffel et al. 2020).
+    """Normal with variance `scale / fan_in`, as Mesh-TensorFlow's T5 draws its matrices (Raffel et al. 2020).
 
     An object rather than a closure, so that two configs compare equal. Flax's own takes leading output dimensions for a
     receptive field and counts them into the fan-in.
@@ -62,7 +63,7 @@ class Linear(nn.Module):
         """Contracts `x [..., *inputs]` with a kernel `[*inputs, *features]` to `[..., *features]`."""
         init = self.kernel_init or FanInNormal(in_axes=self.contract)
         shape = (*x.shape[-self.contract :], *self.features)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.kernel_axes), shape, jnp.float32)
+        kernel = parameter(self, "kernel", init, self.kernel_axes, shape)
         return jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contract)
 
 
@@ -82,8 +83,9 @@ class Embedding(nn.Module):
     init_stddev: float = 1.0
 
     def setup(self) -> None:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), ("vocab", "embed"))
-        self.embedding = self.param("embedding", init, (self.vocab_size, self.embed_dim), jnp.float32)
+        """Makes the table, which `__call__` and `attend` share."""
+        init = nn.initializers.normal(self.init_stddev)
+        self.embedding = parameter(self, "embedding", init, ("vocab", "embed"), (self.vocab_size, self.embed_dim))
 
     def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
         """Looks tokens up; ids outside the table raise nothing under jit, so the data layer checks them."""

@@ -22,13 +22,10 @@ def segment_mask(query_segments: Int[Array, "batch q_len"], key_segments: Int[Ar
     return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
 
 
-def combine(*masks: Mask | None) -> Mask | None:
-    """Allowed only where every mask allows; None allows all."""
-    given = [mask for mask in masks if mask is not None]
-    if not given:
-        return None
-    shape = jnp.broadcast_shapes(*(mask.shape for mask in given))
-    combined = jnp.broadcast_to(given[0], shape)
-    for mask in given[1:]:
+def combine(first: Mask, *others: Mask) -> Mask:
+    """Allowed only where every mask allows."""
+    shape = jnp.broadcast_shapes(first.shape, *(mask.shape for mask in others))
+    combined = jnp.broadcast_to(first, shape)
+    for mask in others:
         combined &= jnp.broadcast_to(mask, shape)
     return combined

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,7 @@ from t5x_like.layers.linear import Linear
 from t5x_like.sharding import constrain
 from t5x_like.typing import Array, Float
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "gelu": functools.partial(jax.nn.gelu, approximate=True),  # tanh form, as in T5 1.1
     "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
@@ -26,7 +27,7 @@ class MlpBlock(nn.Module):
 
     Attributes:
       mlp_dim: width in the middle.
-      activations: one per input matrix, whose outputs are multiplied: `("relu",)` is T5 1.0, `("gelu", "linear")` T5 1.1.
+      activations: one per input matrix; their outputs are multiplied. T5 1.0: `("relu",)`, 1.1: `("gelu", "linear")`.
       dropout_rate: between the matrices.
       dtype: of the products.
     """

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from t5x_like.layers.parameters import parameter
 from t5x_like.typing import Array, Float
 
 
@@ -26,5 +27,5 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         """Normalises the last dimension."""
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-        return rms_norm(x, self.param("scale", init, (x.shape[-1],), jnp.float32), self.epsilon)
+        scale = parameter(self, "scale", nn.initializers.ones, ("embed",), (x.shape[-1],))
+        return rms_norm(x, scale, self.epsilon)

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from t5x_like.layers.parameters import parameter
 from t5x_like.typing import Array, Float, Int
 
 
@@ -50,10 +51,8 @@ class RelativePositionBias(nn.Module):
         self, query_positions: Int[Array, " q_len"], key_positions: Int[Array, " k_len"]
     ) -> Float[Array, "1 heads q_len k_len"]:
         """The bias between positions; only differences count, so packed rows may use their plain column numbers."""
-        init = nn.with_logical_partitioning(
-            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"), ("heads", None)
-        )
-        table = self.param("rel_embedding", init, (self.num_heads, self.num_buckets), jnp.float32)
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        table = parameter(self, "rel_embedding", init, ("heads", None), (self.num_heads, self.num_buckets))
         distance = key_positions[None, :] - query_positions[:, None]
         bucket = relative_position_bucket(distance, self.bidirectional, self.num_buckets, self.max_distance)
         return jnp.take(table, bucket, axis=1)[None]

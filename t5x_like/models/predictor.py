@@ -1,4 +1,4 @@
-"""A model's pure functions, compiled over a mesh once and called with NumPy batches: what evaluation and inference share."""
+"""A model's pure functions, compiled over a mesh and called with NumPy batches: for evaluation and inference."""
 
 import dataclasses
 import functools

@@ -2,21 +2,33 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import numpy as np
 import seqio
 
 from t5x_like.data.loader import DatasetConfig, EvalBatch, eval_batches, weighted_tasks
+from t5x_like.data.metrics import perplexity
 from t5x_like.decoding.contract import DecodeFn
 from t5x_like.decoding.greedy import Greedy
 from t5x_like.errors import UserError
 from t5x_like.models.predictor import Predictor
 from t5x_like.typing import Params
+
+
+class EvaluatedExample(TypedDict):
+    """One line of `eval/TASK/STEP.jsonl`.
+
+    `predictions` is None where the task has no use for them; `score` is the log-likelihood of the targets in nats.
+    """
+
+    inputs: str
+    targets: str
+    predictions: str | None
+    score: float
 
 
 class TaskResult(NamedTuple):
@@ -25,13 +37,12 @@ class TaskResult(NamedTuple):
     Attributes:
       task: its name.
       metrics: `perplexity`, and what the task's own metric functions say.
-      rows: one per example: `inputs`, `targets`, `predictions` (None where the task has no use for them) and `score`, the
-        log-likelihood of the targets.
+      rows: one per example, in order.
     """
 
     task: str
     metrics: dict[str, float]
-    rows: list[dict[str, object]]
+    rows: list[EvaluatedExample]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,40 +72,52 @@ class Evaluator:
 
     def run_task(self, task: seqio.Task, predictor: Predictor, params: Params) -> TaskResult:
         """Evaluates one task."""
-        rows: list[dict[str, object]] = []
-        targets: list[object] = []
-        predictions: list[object] = []
-        tokens = 0
-        vocabulary = task.output_features["targets"].vocabulary
-        for number, (batch, examples) in enumerate(self._batches(task, predictor)):
-            count = len(examples)
-            scores = predictor.score(params, batch)[:count]
-            tokens += sum(len(example["targets"]) for example in examples)
-            texts: list[str | None] = [None] * count
-            if task.predict_metric_fns:
-                key = jax.random.fold_in(jax.random.key(self.seed), number)
-                length = self.dataset.task_feature_lengths["targets"]
-                found, _ = predictor.generate(params, batch, self.decoder, length, key)
-                texts = [vocabulary.decode(sequence.tolist()) for sequence in found[:count, 0]]
-                predictions += [
-                    task.postprocess_fn(text, example=example, is_target=False)
-                    for text, example in zip(texts, examples, strict=True)
-                ]
-            for example, text, score in zip(examples, texts, scores, strict=True):
-                row = {name: example_text(task, example, name) for name in ("inputs", "targets")}
-                targets.append(task.postprocess_fn(row["targets"], example=example, is_target=True))
-                rows.append({**row, "predictions": text, "score": float(score)})
-        log_likelihoods = [row["score"] for row in rows]
-        metrics = {"perplexity": math.exp(min(-sum(log_likelihoods) / max(tokens, 1), 700.0))}
-        for function in task.predict_metric_fns:
-            metrics |= function(targets, predictions)
+        examples: list[Mapping[str, object]] = []
+        rows: list[EvaluatedExample] = []
+        for number, batch in enumerate(self._batches(task, predictor)):
+            likelihoods = predictor.score(params, batch.batch)
+            texts = self._predict(task, predictor, params, batch, number)
+            examples += batch.examples
+            for example, text, score in zip(
+                batch.examples, texts, likelihoods, strict=False
+            ):  # rows beyond are padding
+                inputs, outputs = (example_text(task, example, name) for name in ("inputs", "targets"))
+                rows.append({"inputs": inputs, "targets": outputs, "predictions": text, "score": float(score)})
+        scores = [row["score"] for row in rows]
+        metrics = {"perplexity": perplexity(scores, [len(np.asarray(example["targets"])) for example in examples])}
+        targets = _postprocessed(task, [row["targets"] for row in rows], examples, is_target=True)
+        if task.predict_metric_fns:
+            predictions = _postprocessed(task, [row["predictions"] or "" for row in rows], examples, is_target=False)
+            for function in task.predict_metric_fns:
+                metrics |= function(targets, predictions)
         for function in task.score_metric_fns:
-            metrics |= function(targets, log_likelihoods)
+            metrics |= function(targets, scores)
         return TaskResult(task.name, {name: float(value) for name, value in metrics.items()}, rows)
+
+    def _predict(
+        self, task: seqio.Task, predictor: Predictor, params: Params, batch: EvalBatch, number: int
+    ) -> list[str | None]:
+        """The best output for each example; None for a task that does not judge outputs."""
+        if not task.predict_metric_fns:
+            return [None] * len(batch.examples)
+        key = jax.random.fold_in(jax.random.key(self.seed), number)
+        length = self.dataset.task_feature_lengths["targets"]
+        found, _ = predictor.generate(params, batch.batch, self.decoder, length, key)
+        vocabulary = task.output_features["targets"].vocabulary
+        return [vocabulary.decode(tokens.tolist()) for tokens in found[: len(batch.examples), 0]]
 
     def _batches(self, task: seqio.Task, predictor: Predictor) -> Iterator[EvalBatch]:
         converter = predictor.model.converter
         return eval_batches(self.dataset, task, converter, self.max_examples, jax.process_index(), jax.process_count())
+
+
+def _postprocessed(
+    task: seqio.Task, texts: list[str], examples: list[Mapping[str, object]], is_target: bool
+) -> list[object]:
+    return [
+        task.postprocess_fn(text, example=example, is_target=is_target)
+        for text, example in zip(texts, examples, strict=True)
+    ]
 
 
 def write_rows(model_dir: str | Path, step: int, result: TaskResult) -> Path:
@@ -155,4 +178,4 @@ def example_text(task: seqio.Task, example: Mapping[str, object], feature: str) 
     kept = example.get(f"{feature}_pretokenized")
     if isinstance(kept, bytes):
         return kept.decode("utf-8")
-    return task.output_features[feature].vocabulary.decode([int(token) for token in example[feature]])
+    return task.output_features[feature].vocabulary.decode(np.asarray(example[feature]).tolist())

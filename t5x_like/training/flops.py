@@ -30,12 +30,16 @@ def _count(jaxpr: core.Jaxpr) -> int:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+            depth = math.prod(_shape(equation.invars[0])[axis] for axis in contracted)
+            total += 2 * depth * math.prod(_shape(equation.outvars[0]))
         else:
             trips = equation.params["length"] if equation.primitive.name == "scan" else 1
             total += trips * sum(_count(inner) for inner in core.jaxprs_in_params(equation.params))
     return total
+
+
+def _shape(variable: core.Var | core.Literal) -> tuple[int, ...]:
+    return tuple(variable.aval.shape)  # type: ignore[attr-defined]  # the operands of products are arrays
 
 
 @functools.cache

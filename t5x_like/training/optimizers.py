@@ -162,18 +162,14 @@ class ParameterEmaState(NamedTuple):
     ema: Params
 
 
-def with_parameter_ema(
-    inner: optax.GradientTransformation, decay: float
-) -> optax.GradientTransformationExtraArgs:
+def with_parameter_ema(inner: optax.GradientTransformation, decay: float) -> optax.GradientTransformationExtraArgs:
     """Keeps in the state ema = decay * ema + (1 - decay) * updated parameters, from the first on.
 
     Raises:
         UserError: `decay` lies outside [0, 1).
     """
     if not 0.0 <= decay < 1.0:
-        raise UserError(
-            f"with_parameter_ema.decay is {decay}; the share kept at each step must lie in [0, 1)"
-        )
+        raise UserError(f"with_parameter_ema.decay is {decay}; the share kept at each step must lie in [0, 1)")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Params) -> ParameterEmaState:
@@ -293,9 +289,7 @@ def _scale_by_factored_rms(
 
         return _factored_state(jnp.zeros((), jnp.int32), over_matrices(zeros, params))
 
-    def update(
-        grads: Params, state: FactoredState, params: Params | None = None
-    ) -> tuple[Params, FactoredState]:
+    def update(grads: Params, state: FactoredState, params: Params | None = None) -> tuple[Params, FactoredState]:
         step = optax.safe_increment(state.step)
         decay = 1.0 - step.astype(jnp.float32) ** -decay_rate
 
@@ -327,9 +321,7 @@ def _clip_by_rms(over_matrices: Callable[..., PyTree], threshold: float) -> opta
     return optax.stateless(lambda updates, params: over_matrices(clipped, updates))
 
 
-def _scale_by_parameter_rms(
-    over_matrices: Callable[..., PyTree], epsilon: float
-) -> optax.GradientTransformation:
+def _scale_by_parameter_rms(over_matrices: Callable[..., PyTree], epsilon: float) -> optax.GradientTransformation:
     def scaled(matrix: _Matrix, update: Array, param: Array) -> Array:
         return update * jnp.maximum(matrix.rms(param), epsilon)
 
@@ -370,9 +362,7 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     def init(params: Params) -> optax.OptState:
         return inner.init(optax.tree.cast(params, jnp.float32))
 
-    def update(
-        updates: Params, state: optax.OptState, params: Params | None = None
-    ) -> tuple[Params, optax.OptState]:
+    def update(updates: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
         if params is None:
             raise ValueError("this optimiser needs the parameters too: call update(gradients, state, params)")
         updates, params32 = optax.tree.cast((updates, params), jnp.float32)

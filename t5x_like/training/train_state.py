@@ -11,19 +11,19 @@ from jax.sharding import NamedSharding
 from t5x_like.architectures.variables import named_axes, named_leaves, parameter_name
 from t5x_like.models.contract import Model
 from t5x_like.sharding import LogicalAxes, Partitioner, check_divisible
-from t5x_like.typing import Array, Batch, Int, Params, PyTree
+from t5x_like.typing import Batch, Params, PyTree
 
 
 class TrainState(NamedTuple):
     """Nothing else is carried: every random key is `fold_in(seed, step)`.
 
     Attributes:
-      step: steps done.
+      step: steps done, an int32 scalar.
       params: float32 parameters.
       opt_state: the optimiser's.
     """
 
-    step: Int[Array, ""]
+    step: PyTree  # like its neighbours an array, or what stands for one: a shape, a sharding
     params: Params
     opt_state: PyTree
 
@@ -81,7 +81,7 @@ def count_parameters(params: Params) -> int:
 
 
 def _inherited_axes(shape: tuple[int, ...], owner_shape: tuple[int, ...], owner_axes: LogicalAxes) -> LogicalAxes:
-    """Axes of a statistic from its parameter's: the dimensions that survive, in order (a factored moment loses some)."""
+    """Axes of a statistic from its parameter's: those of the dimensions that it still has, in order."""
     remaining = list(zip(owner_shape, owner_axes, strict=True))
     names: list[str | None] = []
     for size in shape:

@@ -188,13 +188,13 @@ class Monitor:
     def _fail(self, step: int, batch: Mapping[str, np.ndarray]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"step_{step}.process_{jax.process_index()}.npz"
-        np.savez(path, **batch)
+        np.savez(path, **{name: np.asarray(rows) for name, rows in batch.items()})  # type: ignore[arg-type]
         key = jax.random.key_data(step_key(self._trainer.seed, step - 1)).tolist()
         facts = {"step": step, "seed": self._trainer.seed, "key": key, "batch": path.name}
         path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
         raise RunFailed(
-            f"step {step}: loss or gradient was not finite {self._in_a_row} steps in a row; the parameters are those of step "
-            f"{step - self._in_a_row}. The batch and key of this step are in {path}; a lower learning rate, gradient "
+            f"step {step}: loss or gradient was not finite {self._in_a_row} steps in a row; the parameters are those of "
+            f"step {step - self._in_a_row}. The batch and key of this step are in {path}; a lower learning rate, gradient "
             f"clipping or more warm-up usually helps"
         )
 

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_t5 import quick_jit
 
 from t5x_like.architectures.stack import LayerStack, fresh_copy
 from t5x_like.errors import UserError
@@ -23,29 +24,29 @@ class Network(nn.Module):
         return self.stack(self, x)
 
 
+def init(network: Network) -> Params:
+    return nn.unbox(quick_jit(network.init)(jax.random.key(0), X))["params"]
+
+
 @pytest.mark.parametrize("remat", [None, "full"])
 def test_patterns_alternate(remat: str | None) -> None:
     pattern = (MlpBlock(5), MlpBlock(6, ("gelu", "linear")))
     looped, scanned = (Network(LayerStack(pattern, 3, scan, remat)) for scan in (False, True))
-    variables = nn.unbox(looped.init(jax.random.key(0), X))["params"]
-    assert [variables[f"layers_{i}"]["wo"]["kernel"].shape for i in range(6)] == [(5, 4), (6, 4)] * 3
-    stacked = {
-        f"layers_{i}": jax.tree.map(
-            lambda *leaves: jnp.stack(leaves, axis=1), *(variables[f"layers_{j}"] for j in range(i, 6, 2))
-        )
-        for i in range(2)
+    together = init(scanned)
+    apart = {
+        f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[:, i // 2], together["layers"][f"layers_{i % 2}"])
+        for i in range(6)
     }
-    made = nn.unbox(jax.eval_shape(scanned.init, jax.random.key(0), X))["params"]["layers"]
-    assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(lambda leaf: leaf.shape, made)
-    np.testing.assert_allclose(
-        scanned.apply({"params": {"layers": stacked}}, X), looped.apply({"params": variables}, X), rtol=1e-5
-    )
+    assert [apart[f"layers_{i}"]["wo"]["kernel"].shape for i in range(6)] == [(5, 4), (6, 4)] * 3
+    made = nn.unbox(jax.eval_shape(looped.init, jax.random.key(0), X))["params"]
+    assert jax.tree.map(jnp.shape, apart) == jax.tree.map(lambda leaf: leaf.shape, made)
+    found, expected = quick_jit(scanned.apply)({"params": together}, X), quick_jit(looped.apply)({"params": apart}, X)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_every_layer_draws_its_own_parameters(scan: bool) -> None:
-    variables = Network(LayerStack((MlpBlock(5),), 3, scan)).init(jax.random.key(0), X)
-    leaves = jax.tree.leaves(nn.unbox(variables))
+    leaves = jax.tree.leaves(init(Network(LayerStack((MlpBlock(5),), 3, scan))))
     assert sum(leaf.size for leaf in leaves) == 3 * 2 * 4 * 5
     numbers = np.concatenate([np.ravel(leaf) for leaf in leaves])
     assert len(np.unique(numbers)) == numbers.size
@@ -55,22 +56,22 @@ def test_every_layer_draws_its_own_parameters(scan: bool) -> None:
 @pytest.mark.parametrize("remat", [None, "full"])
 def test_every_layer_draws_its_own_dropout(scan: bool, remat: str | None) -> None:
     network = Network(LayerStack((Dropout(0.5, ()),), 2, scan, remat))
-    out = network.apply({}, jnp.ones((10, 10, 100)), rngs={"dropout": jax.random.key(0)})
+    out = quick_jit(network.apply)({}, jnp.ones((10, 10, 100)), rngs={"dropout": jax.random.key(0)})
     assert abs((out != 0).mean() - 0.25) < 0.02  # and not 0.5
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_recomputing_draws_the_same_dropout(scan: bool) -> None:
-    def loss_and_gradient(remat: str | None) -> tuple[Array, Params]:
+    def gradient(remat: str | None) -> Params:
         network = Network(LayerStack((MlpBlock(5, dropout_rate=0.5),), 2, scan, remat))
-        params = nn.unbox(network.init(jax.random.key(0), X))["params"]
 
         def loss(params: Params) -> Array:
             return (network.apply({"params": params}, X, rngs={"dropout": jax.random.key(1)}) ** 2).sum()
 
-        return jax.value_and_grad(loss)(params)
+        return quick_jit(jax.grad(loss))(params)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *map(loss_and_gradient, (None, "full")))
+    params = init(Network(LayerStack((MlpBlock(5),), 2, scan)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), gradient(None), gradient("full"))
 
 
 def test_mistakes() -> None:

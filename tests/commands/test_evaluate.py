@@ -29,12 +29,16 @@ def test_evaluate_needs_no_more_than_the_folder_and_agrees_with_training(run: Pa
     assert cli.main(["evaluate", f"--gin.MODEL_DIR={run}"]) == 0
     assert read_evaluations(run) == {6: expected}
     assert read(run / "eval" / "wordnet_supersense" / "6.jsonl") == samples
-    assert {name.partition("/")[2] for name in expected} == {"perplexity", "bleu", "chrf", "accuracy", "majority_accuracy"}
+    assert {name.partition("/")[2] for name in expected} == {
+        "perplexity",
+        "bleu",
+        "chrf",
+        "accuracy",
+        "majority_accuracy",
+    }
 
 
-def test_evaluate_all_steps_another_split_and_a_step_that_is_not_there(
-    run: Path, capfd: pytest.CaptureFixture
-) -> None:
+def test_evaluate_all_steps_another_split_and_a_step_that_is_not_there(run: Path, capfd: pytest.CaptureFixture) -> None:
     (run / "metrics" / "evaluations.jsonl").unlink()
     few = ["--gin.eval/loader.DatasetConfig.split=test", "--gin.EVAL_EXAMPLES=3"]
     assert cli.main(["evaluate", f"--gin.MODEL_DIR={run}", "--gin.evaluate.evaluate.step=all", *few]) == 0
@@ -81,7 +85,9 @@ def test_infer_reads_tasks_and_agrees_with_evaluation(run: Path) -> None:
     inferred = read(run / "inference" / "bible_en_es-6.jsonl")
     evaluated = read(run / "eval" / "bible_en_es" / "6.jsonl")
     assert len(inferred) == 1579
-    assert [(r["inputs"], r["predictions"]) for r in inferred[:5]] == [(r["inputs"], r["predictions"]) for r in evaluated]
+    assert [(r["inputs"], r["predictions"]) for r in inferred[:5]] == [
+        (r["inputs"], r["predictions"]) for r in evaluated
+    ]
 
 
 def test_infer_goes_on_where_it_stopped_and_shards_share_the_work(
@@ -119,7 +125,12 @@ def test_infer_goes_on_where_it_stopped_and_shards_share_the_work(
 def test_beams_and_samples_come_as_lists_best_first(run: Path, tmp_path: Path) -> None:
     (source := tmp_path / "one.txt").write_text("supersense: dog: an animal\n")
     output = tmp_path / "out.jsonl"
-    base = ["infer", f"--gin.MODEL_DIR={run}", f"--gin.infer.infer.source={source}", f"--gin.infer.infer.output={output}"]
+    base = [
+        "infer",
+        f"--gin.MODEL_DIR={run}",
+        f"--gin.infer.infer.source={source}",
+        f"--gin.infer.infer.output={output}",
+    ]
     for decoder in (["@beam.BeamSearch()"], ["@sampling.Sampling()", "--gin.sampling.Sampling.num_samples=4"]):
         assert cli.main([*base, f"--gin.infer.infer.decoder={decoder[0]}", *decoder[1:]]) == 0
         (row,) = read(output)

@@ -35,9 +35,13 @@ def test_a_run_leaves_all_that_the_design_says(trained: Path) -> None:
     for name in ("model_flops_per_second", "share_of_matmul_peak", "seconds_per_step", "memory_gib"):
         assert all(row[name] > 0 for row in rows(trained)), name
     run = json.loads((trained / "run.json").read_text())
-    assert run["parameters"] == 2 * 8192 * 16 + 2 * 2 * 32 + (4 * 256 + 3 * 512 + 32) + (8 * 256 + 3 * 512 + 48) + 2 * 16
+    assert (
+        run["parameters"] == 2 * 8192 * 16 + 2 * 2 * 32 + (4 * 256 + 3 * 512 + 32) + (8 * 256 + 3 * 512 + 48) + 2 * 16
+    )
     assert run["seeds"] == {"trainer": 0, "dataset": 0}
-    assert {"config.gin", "run.json", "report.html", "checkpoints", "metrics", "eval"} == {p.name for p in trained.iterdir()}
+    assert {"config.gin", "run.json", "report.html", "checkpoints", "metrics", "eval"} == {
+        p.name for p in trained.iterdir()
+    }
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["2", "4", "6"]
     samples = [json.loads(line) for line in (trained / "eval" / "bible_en_es" / "6.jsonl").read_text().splitlines()]
     assert len(samples) == 5
@@ -100,7 +104,9 @@ def test_a_run_is_a_function_of_its_config(trained: Path, tmp_path: Path) -> Non
     shutil.copy(trained / "config.gin", config)
     from t5x_like import cli
 
-    assert cli.main(["train", f"--gin_file={config}", f"--gin.MODEL_DIR={tmp_path / 'again'}", "--gin.TRAIN_STEPS=2"]) == 0
+    assert (
+        cli.main(["train", f"--gin_file={config}", f"--gin.MODEL_DIR={tmp_path / 'again'}", "--gin.TRAIN_STEPS=2"]) == 0
+    )
     assert digests(tmp_path / "again", 2) == digests(trained, 2)
 
 
@@ -121,7 +127,9 @@ def test_a_corrupt_checkpoint_is_named_and_stepped_over(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
-    (largest := max((folder / "checkpoints" / "6" / "state").rglob("*"), key=lambda path: path.stat().st_size)).chmod(0o644)
+    (largest := max((folder / "checkpoints" / "6" / "state").rglob("*"), key=lambda path: path.stat().st_size)).chmod(
+        0o644
+    )
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
@@ -130,7 +138,9 @@ def test_a_corrupt_checkpoint_is_named_and_stepped_over(
     assert digests(folder, 6) == digests(trained, 6)  # trained again from 4
 
 
-def test_steps_that_are_not_finite_stop_the_run_with_batch_and_key(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_steps_that_are_not_finite_stop_the_run_with_batch_and_key(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     arguments = ("--gin.trainer.Trainer.max_skipped_updates=3", "--gin.encoder_decoder.EncoderDecoderModel.z_loss=1e38")
     assert train_tiny(tmp_path / "run", *arguments) == 1
     message = capfd.readouterr().err
@@ -167,7 +177,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pyte
     assert train_tiny(tmp_path / "run", "--dry_run", "--gin.DROPOUT_RATE=0.0") == 0
     out = capsys.readouterr().out
     assert "TRAIN_STEPS = 6" in out
-    assert " ".join("encoder/layers_0/attention/query/kernel 16 x 2 x 8 embed, heads, head_dim".split()) in " ".join(out.split())
+    assert " ".join(
+        ["encoder/layers_0/attention/query/kernel", "16", "x", "2", "x", "8", "embed,", "heads,", "head_dim"]
+    ) in " ".join(out.split())
     assert "parameters          268,528" in out
     assert "tokens per step     640 at most" in out
     assert "GiB per device" in out

@@ -42,9 +42,7 @@ def test_sequence_accuracy_forgives_nothing() -> None:
 )
 def test_token_f1(target: str | list[str], answer: str, f1: float) -> None:
     assert metrics.token_f1([target], [answer]) == {"token_f1": pytest.approx(f1, abs=1e-12)}
-    assert metrics.token_f1([target, "x"], [answer, "x"])["token_f1"] == pytest.approx(
-        (f1 + 1) / 2, abs=1e-12
-    )
+    assert metrics.token_f1([target, "x"], [answer, "x"])["token_f1"] == pytest.approx((f1 + 1) / 2, abs=1e-12)
 
 
 def test_bleu_pools_the_counts_of_the_corpus() -> None:
@@ -87,9 +85,7 @@ def test_perplexity_is_per_token_of_the_whole_evaluation() -> None:
     scores = np.array([-math.log(8), -math.log(2)], np.float32)
     assert metrics.perplexity(scores, np.array([3, 1])) == pytest.approx(2.0, rel=1e-7)
     assert metrics.perplexity([-5000.0], [1]) == math.inf
-    assert metrics.log_likelihood(["a", "b"], scores)["log_likelihood"] == pytest.approx(
-        -math.log(4), rel=1e-7
-    )
+    assert metrics.log_likelihood(["a", "b"], scores)["log_likelihood"] == pytest.approx(-math.log(4), rel=1e-7)
 
 
 @pytest.mark.parametrize("metric", PREDICTION_METRICS)

@@ -30,9 +30,7 @@ def uncorrupt(inputs: Sequence[int], targets: Sequence[int]) -> list[int]:
         if token > TOP - 100:
             spans[token] = []
         else:
-            spans[max(spans, key=lambda sentinel: -sentinel)].append(
-                token
-            )  # the latest sentinel is the lowest
+            spans[max(spans, key=lambda sentinel: -sentinel)].append(token)  # the latest sentinel is the lowest
     return [original for token in inputs for original in spans.get(token, [token])]
 
 
@@ -60,9 +58,7 @@ def test_lengths_are_those_of_the_published_models(
     assert found == (raw_length, targets_length)
 
 
-@pytest.mark.parametrize(
-    ("noise_density", "mean"), [(0.15, 3.0), (0.15, 1.0), (0.5, 3.0), (0.9, 2.0), (0.15, 32.0)]
-)
+@pytest.mark.parametrize(("noise_density", "mean"), [(0.15, 3.0), (0.15, 1.0), (0.5, 3.0), (0.9, 2.0), (0.15, 32.0)])
 def test_lengths_are_the_longest_that_fit_by_brute_force(noise_density: float, mean: float) -> None:
     def corrupted(raw_length: int) -> tuple[int, int]:
         """Counts the tokens of a corrupted sequence that is written out, its noise last."""
@@ -107,9 +103,7 @@ def test_one_span_by_hand() -> None:
     seed=st.integers(0, 2**31 - 1),
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_corruption_can_be_undone_and_has_the_exact_noise(
-    length: int, density: float, mean: float, seed: int
-) -> None:
+def test_corruption_can_be_undone_and_has_the_exact_noise(length: int, density: float, mean: float, seed: int) -> None:
     tokens = list(range(1000, 1000 + length))
     noise, spans = objectives.noise_counts(length, density, mean)
     counts = tf.constant(noise), tf.constant(spans)
@@ -141,9 +135,7 @@ def test_every_segmentation_is_equally_likely() -> None:
 def test_segmentation_of_nothing_and_of_single_items() -> None:
     def segment(items: int, segments: int) -> list[int]:
         seed = (tf.constant(1), tf.constant(2))
-        return (
-            objectives.random_segmentation(tf.constant(items), tf.constant(segments), seed).numpy().tolist()
-        )
+        return objectives.random_segmentation(tf.constant(items), tf.constant(segments), seed).numpy().tolist()
 
     assert segment(0, 1) == [0]
     assert segment(7, 1) == [7]

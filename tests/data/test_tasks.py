@@ -116,11 +116,7 @@ def test_shards_are_stretches_that_make_up_the_whole(name: str) -> None:
     source = tasks.get_task_or_mixture(name).source
     whole = list(source.get_dataset("validation", shuffle=False).as_numpy_iterator())
     parts = [
-        list(
-            source.get_dataset(
-                "validation", shuffle=False, shard_info=seqio.ShardInfo(i, 4)
-            ).as_numpy_iterator()
-        )
+        list(source.get_dataset("validation", shuffle=False, shard_info=seqio.ShardInfo(i, 4)).as_numpy_iterator())
         for i in range(4)
     ]
     assert source.num_input_examples("validation") == len(whole)
@@ -144,9 +140,7 @@ def test_shuffling_follows_the_seed_and_reaches_over_all_rows() -> None:
     moves = [abs(in_order.index(verse) - place) for place, verse in enumerate(ids(1))]
     assert np.mean(moves) > 0.25 * len(in_order)  # a third, on average, in a full shuffle
     austen = tasks.get_task_or_mixture("austen_span_corruption").source
-    paragraphs = [
-        row["text"] for row in austen.get_dataset("validation", shuffle=True, seed=1).as_numpy_iterator()
-    ]
+    paragraphs = [row["text"] for row in austen.get_dataset("validation", shuffle=True, seed=1).as_numpy_iterator()]
     assert paragraphs == [paragraph.text.encode() for paragraph in corpora.austen("validation")]
 
 
@@ -175,9 +169,7 @@ def test_each_task_is_judged_and_its_texts_are_stripped() -> None:
         assert judged[name].postprocess_fn(" animal\n", example={}, is_target=False) == "animal"
 
 
-def third_party_task(
-    *, vocabulary: seqio.Vocabulary, task_class: type[seqio.Task] = seqio.Task
-) -> seqio.Task:
+def third_party_task(*, vocabulary: seqio.Vocabulary, task_class: type[seqio.Task] = seqio.Task) -> seqio.Task:
     def read(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         return tf.data.Dataset.from_tensors({"inputs": "ab", "targets": "c", "image": [0.5, 1.0]})
 

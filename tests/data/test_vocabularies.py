@@ -137,9 +137,7 @@ def test_a_models_own_sentinels_keep_their_ids_and_cannot_be_typed(tmp_path: Pat
     assert (vocabulary.vocab_size, vocabulary.extra_ids) == (8003, 3)
     assert max(vocabulary.encode("a <extra_id_0>")) < 8000
     assert vocabulary.decode([8002, 8000]) == "<extra_id_0> <extra_id_2>"
-    with pytest.raises(
-        UserError, match="3 sentinels of its own, <extra_id_2> to <extra_id_0>; extra_ids, now 100,"
-    ):
+    with pytest.raises(UserError, match="3 sentinels of its own, <extra_id_2> to <extra_id_0>; extra_ids, now 100,"):
         sentencepiece_vocabulary(path)
     ascending = write_model(tmp_path / "ascending.model", ["<extra_id_0>", "<extra_id_1>"])
     with pytest.raises(UserError, match="<extra_id_0> the last"):

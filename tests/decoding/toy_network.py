@@ -57,9 +57,7 @@ class ToyNetwork:
         key: jax.Array | None = None,
         examples: list[int] | None = None,
     ) -> Decoded:
-        return search(
-            self.stepper, self.cache(examples), jnp.asarray(prompt, jnp.int32), self.max_length, EOS, key
-        )
+        return search(self.stepper, self.cache(examples), jnp.asarray(prompt, jnp.int32), self.max_length, EOS, key)
 
     def counted_stepper(self) -> tuple[Stepper, list[int]]:
         """The stepper, and a list in which it writes down the position of every step it takes."""
@@ -74,9 +72,7 @@ class ToyNetwork:
         return self.stepper._replace(step=step), positions
 
     def logits(self, example: int, fed: list[int]) -> np.ndarray:
-        context = sum(
-            (token + 1) * weight for token, weight in zip(fed, self._weights.tolist(), strict=False)
-        )
+        context = sum((token + 1) * weight for token, weight in zip(fed, self._weights.tolist(), strict=False))
         return self.table[example, context % self.table.shape[1]]
 
     def log_probs(self, example: int, fed: list[int]) -> np.ndarray:
@@ -122,9 +118,7 @@ def wu_penalty(length: int, alpha: float) -> float:
     return ((5 + length) / 6) ** alpha
 
 
-def naive_beam(
-    network: ToyNetwork, example: int, prompt: list[int], num_beams: int, alpha: float
-) -> list[Hypothesis]:
+def naive_beam(network: ToyNetwork, example: int, prompt: list[int], num_beams: int, alpha: float) -> list[Hypothesis]:
     """Beam search in lists, which never stops before `max_length`: the best ended ones, best first."""
     live: list[Hypothesis] = [(0.0, [])]
     finished: list[Hypothesis] = []

@@ -31,7 +31,6 @@ def test_segment_mask() -> None:
 def test_combine_allows_what_all_allow() -> None:
     keys = masks.key_mask(jnp.asarray([[True, False], [True, True]]))
     causal = masks.causal_mask(jnp.arange(2), jnp.arange(2))
-    both = masks.combine(keys, None, causal)
+    both = masks.combine(keys, causal)
     assert both[:, 0].tolist() == [[[True, False], [True, False]], [[True, False], [True, True]]]
     np.testing.assert_array_equal(masks.combine(causal, keys), both)
-    assert masks.combine(None, None) is None

@@ -70,9 +70,7 @@ def test_huge_logits() -> None:
 
 def test_bfloat16_logits_are_upcast() -> None:
     logits = jnp.asarray(np.random.default_rng(1).normal(0, 3, (4, 300)), jnp.bfloat16)
-    logits = logits.at[0, 0].set(
-        18.0
-    )  # p = 0.9995, which bfloat16 cannot tell from 1: its gradient must not be 0
+    logits = logits.at[0, 0].set(18.0)  # p = 0.9995, which bfloat16 cannot tell from 1: its gradient must not be 0
     targets = jnp.array([0, 7, 42, 299])
     expected, expected_z, expected_grad = naive(logits.astype(jnp.float32), np.asarray(targets), 0.1, 1e-2)
     result = cross_entropy(logits, targets, 0.1, 1e-2)

@@ -18,11 +18,12 @@ def test_products_count_twice_their_volume_and_loops_once_per_trip() -> None:
 def test_a_t5_counts_what_its_matrices_say_scanned_or_not() -> None:
     rows, embed, inner, mlp, layers, vocab = 3, 16, 16, 32, 2, 64
     source, target = LENGTHS["inputs"], LENGTHS["targets"]
-    self_attention = lambda length: 4 * length * embed * inner + 2 * length * length * inner
     cross = 2 * target * embed * inner + 2 * source * embed * inner + 2 * target * source * inner
-    feed_forward = lambda length: 3 * length * embed * mlp
-    encoder = layers * (self_attention(source) + feed_forward(source))
-    decoder = layers * (self_attention(target) + cross + feed_forward(target))
+    source_block, target_block = (
+        4 * length * embed * inner + 2 * length * length * inner + 3 * length * embed * mlp
+        for length in (source, target)
+    )
+    encoder, decoder = layers * source_block, layers * (target_block + cross)
     expected = 2 * rows * (encoder + decoder + target * embed * vocab)
     for model in (tiny_model(), tiny_model("SCAN_LAYERS=True", "REMAT='full'")):
         batch = random_batch(rows)

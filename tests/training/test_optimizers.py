@@ -197,9 +197,7 @@ def test_stack_of_experts_within_a_stack_of_layers() -> None:
 
 
 def test_stack_without_its_axis_is_named() -> None:
-    with pytest.raises(
-        UserError, match=r"\{'layers': 1\}, but parameter encoder/layers/bias has shape \[3\]"
-    ):
+    with pytest.raises(UserError, match=r"\{'layers': 1\}, but parameter encoder/layers/bias has shape \[3\]"):
         optimizers.adafactor().init({"encoder": {"layers": {"bias": jnp.zeros(3)}}})
 
 
@@ -226,9 +224,7 @@ def test_state_from_shapes_alone_and_through_orbax(tmp_path: Path) -> None:
     )
     _, state = train(optimizer, params, [params, params])
     abstract = jax.eval_shape(optimizer.init, jax.tree.map(jnp.asarray, params))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), state
-    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
 
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
@@ -282,9 +278,7 @@ def test_partition_takes_the_first_rule_that_matches_a_whole_name() -> None:
 
 
 def test_partition_may_leave_its_default_nothing() -> None:
-    trained, _ = train(
-        optimizers.partition(((".*", optax.sgd(0.5)),), optimizers.adafactor()), PARAMS, [PARAMS]
-    )
+    trained, _ = train(optimizers.partition(((".*", optax.sgd(0.5)),), optimizers.adafactor()), PARAMS, [PARAMS])
     np.testing.assert_array_equal(trained["logits"]["kernel"], np.full((2, 3), 0.5))
 
 
@@ -354,17 +348,13 @@ def test_no_parameter_average() -> None:
         optimizers.with_parameter_ema(optax.sgd(1.0), decay=1.0)
 
 
-@pytest.mark.parametrize(
-    "make", [optimizers.adafactor, optimizers.adamw, optax.inject_hyperparams(optax.sgd)], ids=str
-)
+@pytest.mark.parametrize("make", [optimizers.adafactor, optimizers.adamw, optax.inject_hyperparams(optax.sgd)], ids=str)
 def test_learning_rate_of_the_last_update(
     make: Callable[[schedules.Schedule], optax.GradientTransformation],
 ) -> None:
     schedule = schedules.rsqrt(base=1.0, warmup_steps=4)  # 1/2 up to step 4, 1/3 at step 9
     frozen = ("logits/.*", optimizers.freeze())
-    optimizer = optimizers.chain(
-        (optax.clip_by_global_norm(1.0), optimizers.partition((frozen,), make(schedule)))
-    )
+    optimizer = optimizers.chain((optax.clip_by_global_norm(1.0), optimizers.partition((frozen,), make(schedule))))
     assert optimizers.learning_rate_of(optimizer.init(PARAMS)) == 0.5
     _, state = train(optimizer, PARAMS, [PARAMS] * 10)
     np.testing.assert_allclose(optimizers.learning_rate_of(state), 1 / 3, rtol=1e-6)

@@ -118,7 +118,9 @@ def test_scanned_and_unscanned_layers_train_alike() -> None:
         state, report = loop_step(state, random_batch(8, seed))
         scanned, scanned_report = scan_step(scanned, random_batch(8, seed))
         np.testing.assert_allclose(report.scalars["loss"], scanned_report.scalars["loss"], rtol=1e-5)
-    for (name, leaf), (_, wanted) in zip(named_leaves(scanned.params), named_leaves(stacked(state.params)), strict=True):
+    for (name, leaf), (_, wanted) in zip(
+        named_leaves(scanned.params), named_leaves(stacked(state.params)), strict=True
+    ):
         np.testing.assert_allclose(leaf, wanted, atol=2e-4, rtol=2e-4, err_msg=name)
 
 
