@@ -23,7 +23,7 @@ find_python() {
 
 make_environment() {
   local folder=$1 extras=$2 python stamp
-  if [ ! -x "$folder/bin/python" ]; then
+  if [ ! -x "$folder/bin/pip" ]; then
     python=$(find_python) || exit 1
     "$python" -m venv "$folder" || fail "'$python -m venv' failed; on Debian and Ubuntu install the package python3-venv first."
   fi
@@ -32,7 +32,7 @@ make_environment() {
   stamp="$PWD $extras $(cat setup.cfg pyproject.toml constraints.txt | cksum)"
   if [ "$(cat "$folder/installed" 2>/dev/null)" != "$stamp" ]; then
     echo "Installing t5x_like$extras into $folder (about a minute on a fast network) ..."
-    pip install -qq --disable-pip-version-check --constraint constraints.txt --editable ".$extras" \
+    python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable ".$extras" \
       || fail "the installation into $folder failed; the message above says why. Run $0 again to go on."
     echo "$stamp" > "$folder/installed"
   fi

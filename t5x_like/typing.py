@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Key, PyTree, Shaped, UInt, UInt32
 
 Params = PyTree
-"""Nested dict of parameters, or of their shapes; names are the checkpoint format, e.g. `encoder/layers_0/mlp/wi_0/kernel`."""
+"""Nested dict of parameters, or of shapes; names are the checkpoint format: `encoder/layers_0/mlp/wi_0/kernel`."""
 
 Batch = Mapping[str, Array | np.ndarray]
 """One batch under seqio's keys, each `[batch, length]`: `encoder_input_tokens`, `decoder_target_tokens`, ..."""

@@ -56,7 +56,11 @@ class CheckpointPolicy:
         if self.keep_best:
             sign = 1 if self.best_mode == "max" else -1
             policies.append(
-                ocp.checkpoint_managers.BestN(lambda metrics: sign * metrics[self.best_metric], n=self.keep_best)
+                ocp.checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: sign * metrics[self.best_metric],
+                    n=self.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
             )
         return ocp.checkpoint_managers.AnyPreservationPolicy(policies)
 

@@ -52,8 +52,9 @@ def print_plan(config: str, model: Model, dataset: DatasetConfig, trainer: Train
 def _memory(
     model: Model, state: train_state.TrainState, batch: PyTree, microbatches: int, ways: int
 ) -> list[tuple[str, int]]:
-    """Estimated bytes on the fullest device, by purpose. What is kept for the backward pass is counted as if only the
-    batch were split; temporaries of the compiler are not in it.
+    """Estimated bytes on the fullest device, by purpose, without the compiler's temporaries.
+
+    What is kept for the backward pass counts as if only the batch were split.
     """
     part = {
         name: jax.ShapeDtypeStruct((x.shape[0] // microbatches, *x.shape[1:]), x.dtype) for name, x in batch.items()

@@ -65,7 +65,7 @@ class MultiHeadAttention(nn.Module):
           context: keys and values; calls with a `position` take them from the cache instead.
           bias: added to the logits.
           mask: True where a query may look.
-          position: where `x` starts in the sequence, in cached decoding; `bias` and `mask` then speak of all cached keys.
+          position: where `x` starts in the sequence, in cached decoding; `bias` and `mask` then cover all cached keys.
 
         Returns:
           Same shape as `x`.

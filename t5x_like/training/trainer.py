@@ -193,9 +193,9 @@ class Monitor:
         facts = {"step": step, "seed": self._trainer.seed, "key": key, "batch": path.name}
         path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
         raise RunFailed(
-            f"step {step}: loss or gradient was not finite {self._in_a_row} steps in a row; the parameters are those of "
-            f"step {step - self._in_a_row}. The batch and key of this step are in {path}; a lower learning rate, gradient "
-            f"clipping or more warm-up usually helps"
+            f"step {step}: loss or gradient was not finite {self._in_a_row} steps in a row; the parameters are those "
+            f"of step {step - self._in_a_row}. The batch and key of this step are in {path}; a lower learning rate, "
+            "gradient clipping or more warm-up usually helps"
         )
 
 

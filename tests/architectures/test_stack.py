@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -5,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_t5 import quick_jit
 
-from t5x_like.architectures.stack import LayerStack, fresh_copy
+from t5x_like.architectures.stack import REMAT_POLICIES, LayerStack, fresh_copy
 from t5x_like.errors import UserError
 from t5x_like.layers.dropout import Dropout
 from t5x_like.layers.mlp import MlpBlock
@@ -60,18 +62,21 @@ def test_every_layer_draws_its_own_dropout(scan: bool, remat: str | None) -> Non
     assert abs((out != 0).mean() - 0.25) < 0.02  # and not 0.5
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_recomputing_draws_the_same_dropout(scan: bool) -> None:
-    def gradient(remat: str | None) -> Params:
+@functools.cache
+def loss_and_gradient(scan: bool, remat: str | None) -> tuple[Array, Params]:
+    def loss(params: Params) -> Array:
         network = Network(LayerStack((MlpBlock(5, dropout_rate=0.5),), 2, scan, remat))
-
-        def loss(params: Params) -> Array:
-            return (network.apply({"params": params}, X, rngs={"dropout": jax.random.key(1)}) ** 2).sum()
-
-        return quick_jit(jax.grad(loss))(params)
+        return (network.apply({"params": params}, X, rngs={"dropout": jax.random.key(1)}) ** 2).sum()
 
     params = init(Network(LayerStack((MlpBlock(5),), 2, scan)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), gradient(None), gradient("full"))
+    return quick_jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_recomputing_changes_no_loss_no_gradient_and_no_dropout(remat: str, scan: bool) -> None:
+    found, expected = loss_and_gradient(scan, remat), loss_and_gradient(scan, None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
 def test_mistakes() -> None:

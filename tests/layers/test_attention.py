@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_t5 import quick_jit
 
 from t5x_like.layers.attention import MultiHeadAttention, attention_weights
 
@@ -67,12 +68,13 @@ def test_softmax_of_bfloat16_is_float32() -> None:
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
 
 
-PARAMS = {
-    "query": {"kernel": random(EMBED, HEADS, HEAD_DIM)},
-    "key": {"kernel": random(EMBED, HEADS, HEAD_DIM)},
-    "value": {"kernel": random(EMBED, HEADS, HEAD_DIM)},
-    "out": {"kernel": random(HEADS, HEAD_DIM, EMBED)},
+KERNELS = {
+    "query": random(EMBED, HEADS, HEAD_DIM),
+    "key": random(EMBED, HEADS, HEAD_DIM),
+    "value": random(EMBED, HEADS, HEAD_DIM),
+    "out": random(HEADS, HEAD_DIM, EMBED),
 }
+PARAMS = {name: {"kernel": jnp.asarray(kernel)} for name, kernel in KERNELS.items()}
 X, CONTEXT = random(BATCH, QUERIES, EMBED), random(BATCH, KEYS, EMBED)
 ATTENTION = MultiHeadAttention(HEADS, HEAD_DIM)
 
@@ -83,7 +85,7 @@ def naive_attention(
     inputs = {"query": x, "key": context, "value": context}
     query, key, value = (np.einsum("ble,ehd->blhd", y, PARAMS[name]["kernel"]) for name, y in inputs.items())
     mixed = np.einsum("bhqk,bkhd->bqhd", naive_weights(query, key, bias, mask), value)
-    return np.einsum("bqhd,hde->bqe", mixed, PARAMS["out"]["kernel"])
+    return np.einsum("bqhd,hde->bqe", mixed, KERNELS["out"])
 
 
 def test_attends_to_itself_or_to_a_context() -> None:
@@ -129,7 +131,7 @@ def test_cache_of_a_context_is_read_without_it() -> None:
 
 
 def test_fresh_query_kernels_make_up_for_the_missing_square_root() -> None:
-    params = MultiHeadAttention(20, 30).init(jax.random.key(0), jnp.zeros((1, 2, 50)))["params"]
+    params = quick_jit(MultiHeadAttention(20, 30).init)(jax.random.key(0), jnp.zeros((1, 2, 50)))["params"]
     stddevs = {name: float(kernel["kernel"].value.std()) for name, kernel in params.items()}
     expected = {"query": (50 * 30) ** -0.5, "key": 50**-0.5, "value": 50**-0.5, "out": (20 * 30) ** -0.5}
     assert stddevs == pytest.approx(expected, rel=0.02)

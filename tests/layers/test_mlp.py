@@ -22,24 +22,26 @@ NAIVE = {
 }
 
 
+def apply(block: MlpBlock, x: np.ndarray, **kernels: np.ndarray) -> jax.Array:
+    params = {name: {"kernel": jnp.asarray(kernel)} for name, kernel in kernels.items()}
+    return block.apply({"params": params}, jnp.asarray(x), rngs={"dropout": jax.random.key(0)})
+
+
 @pytest.mark.parametrize("activation", NAIVE)
 def test_plain(activation: str) -> None:
-    params = {"wi": {"kernel": WI_0}, "wo": {"kernel": WO}}
-    out = MlpBlock(6, (activation,)).apply({"params": params}, jnp.asarray(X))
+    out = apply(MlpBlock(6, (activation,)), X, wi=WI_0, wo=WO)
     np.testing.assert_allclose(out, NAIVE[activation](X @ WI_0) @ WO, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_gated(activation: str) -> None:
-    params = {"wi_0": {"kernel": WI_0}, "wi_1": {"kernel": WI_1}, "wo": {"kernel": WO}}
-    out = MlpBlock(6, (activation, "linear")).apply({"params": params}, jnp.asarray(X))
+    out = apply(MlpBlock(6, (activation, "linear")), X, wi_0=WI_0, wi_1=WI_1, wo=WO)
     np.testing.assert_allclose(out, (NAIVE[activation](X @ WI_0) * (X @ WI_1)) @ WO, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_is_between_the_matrices() -> None:
-    params = {"wi": {"kernel": np.eye(4, dtype=np.float32)}, "wo": {"kernel": np.eye(4, dtype=np.float32)}}
-    x = jnp.ones((50, 3, 4))
-    out = MlpBlock(4, ("relu",), dropout_rate=0.5).apply({"params": params}, x, rngs={"dropout": jax.random.key(0)})
+    x, one = np.ones((50, 3, 4), np.float32), np.eye(4, dtype=np.float32)
+    out = apply(MlpBlock(4, ("relu",), dropout_rate=0.5), x, wi=one, wo=one)
     assert set(np.unique(out)) == {0.0, 2.0}
 
 

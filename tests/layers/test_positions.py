@@ -53,7 +53,7 @@ def test_bias_is_looked_up_by_distance_and_head() -> None:
     module = RelativePositionBias(num_heads=2, num_buckets=8, max_distance=12, bidirectional=False)
     table = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
     queries, keys = jnp.asarray([3, 4]), jnp.arange(6)
-    bias = module.apply({"params": {"rel_embedding": table}}, queries, keys)
+    bias = module.apply({"params": {"rel_embedding": jnp.asarray(table)}}, queries, keys)
     assert bias.shape == (1, 2, 2, 6)
     for head in range(2):
         for i, query in enumerate([3, 4]):
