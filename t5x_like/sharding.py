@@ -54,7 +54,7 @@ class ShardingRules:
                     )
 
     def spec(self, axes: LogicalAxes, mesh: Mesh) -> PartitionSpec:
-        """The partition of an array whose dimensions are named `axes` (None: replicated); axes of size 1 are left out."""
+        """The partition of an array whose dimensions are named `axes` (None: replicated); axes of 1 are left out."""
         used: set[str] = set()
         parts: list[MeshAxes] = []
         for axis in axes:

@@ -11,7 +11,7 @@ from t5x_like.checkpoints.manager import CheckpointPolicy, Checkpoints
 from t5x_like.checkpoints.restore import RestoreFrom
 from t5x_like.commands import dry_run as dry
 from t5x_like.commands import run_folder
-from t5x_like.data.loader import DatasetConfig, Position, TrainLoader
+from t5x_like.data.loader import DatasetConfig, TrainLoader
 from t5x_like.layers.linear import default_dtype
 from t5x_like.models.contract import Model
 from t5x_like.models.predictor import Predictor
@@ -24,7 +24,8 @@ from t5x_like.training.report import write_report
 from t5x_like.training.run_log import RunLog, SilentRunLog, read_evaluations, write_run_json
 from t5x_like.training.step import TrainStep
 from t5x_like.training.train_state import TrainState
-from t5x_like.training.trainer import Hook, Monitor, Progress, Trainer
+from t5x_like.training.trainer import Monitor, Progress, Trainer
+from t5x_like.typing import Batch
 
 
 def train(
@@ -76,41 +77,43 @@ def train(
 
     with Checkpoints(Path(model_dir) / "checkpoints", checkpoints) as saved:
         restored = saved.restore_latest(train_state.abstract(model, trainer.optimizer, batch, shardings))
-        position: Position | None = None
         if restored is None:
-            state = train_state.create_sharded(model, trainer.optimizer, batch, trainer.seed, partitioner)
-            if restore is not None:
-                state = state._replace(params=restore(state.params))
+            state, position, warnings = _first_state(model, trainer, batch, partitioner, restore), None, []
         else:
-            state, position = restored.state, restored.position
+            state, position, warnings = restored
         with _open_log(model_dir, trainer, int(state.step), wandb_project) as log:
             if jax.process_index() == 0:
                 run_folder.write_config(model_dir, config)
                 write_run_json(model_dir, _facts(state, partitioner, trainer, dataset))
-            for warning in restored.warnings if restored else ():
+            for warning in warnings:
                 log.message(f"stepped over {warning}")
             log.message(f"{'resumed at' if restored else 'starting from'} step {int(state.step)} in {model_dir}")
-            hooks: list[Hook] = [SaveHook(saved, checkpoints.save_period)]
+            evaluation = None
             if evaluator is not None:
-                evaluation = EvaluationHook(
-                    evaluator, Predictor(model, partitioner), eval_period, model_dir, log, early_stopping
-                )
-                hooks = [evaluation, SaveHook(saved, checkpoints.save_period, evaluation)]
+                predictor = Predictor(model, partitioner)
+                evaluation = EvaluationHook(evaluator, predictor, eval_period, model_dir, log, early_stopping)
+            save = SaveHook(saved, checkpoints.save_period, evaluation)
             flops = 3.0 * matmul_flops(lambda p, b: model.loss(p, b).loss.total, state.params, batch)
             peak = matmul_peak(default_dtype()) * run_folder.matmul_devices()
-            monitor = Monitor(trainer, log, model_dir, flops, peak)
             step = TrainStep(model, trainer.optimizer, trainer.seed, trainer.microbatches)
             state = trainer.fit(
                 state,
                 step.compiled(partitioner, shardings),
                 loader.batches(position),
                 batch_sharding,
-                monitor,
-                hooks,
+                Monitor(trainer, log, model_dir, flops, peak),
+                [save] if evaluation is None else [evaluation, save],
             )
             log.message(f"step {int(state.step)} of {trainer.train_steps}; the run's folder is {model_dir}")
     if jax.process_index() == 0:
         write_report(model_dir)
+
+
+def _first_state(
+    model: Model, trainer: Trainer, batch: Batch, partitioner: Partitioner, restore: RestoreFrom | None
+) -> TrainState:
+    state = train_state.create_sharded(model, trainer.optimizer, batch, trainer.seed, partitioner)
+    return state if restore is None else state._replace(params=restore(state.params))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +181,6 @@ def _facts(
     return {
         "parameters": train_state.count_parameters(state.params),
         "mesh": {name: int(size) for name, size in partitioner.mesh.shape.items()},
-        "device_kind": jax.devices()[0].device_kind,
-        "processes": jax.process_count(),
         "seeds": {"trainer": trainer.seed, "dataset": dataset.seed},
         "resumed_step": int(state.step),
     }

@@ -34,7 +34,7 @@ SCANNED_LAYERS: Mapping[str, int] = MappingProxyType({"layers": 1})
 # ---- Optimisers ----
 
 
-def adafactor(  # More than eight arguments: they are T5X's, and published recipes name each of them.
+def adafactor(  # long because the arguments are T5X's, and published recipes name each of them
     learning_rate: schedules.Schedule | float | None = None,
     multiply_by_parameter_scale: bool = True,
     beta1: float | None = None,

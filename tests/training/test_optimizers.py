@@ -348,7 +348,11 @@ def test_no_parameter_average() -> None:
         optimizers.with_parameter_ema(optax.sgd(1.0), decay=1.0)
 
 
-@pytest.mark.parametrize("make", [optimizers.adafactor, optimizers.adamw, optax.inject_hyperparams(optax.sgd)], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [optimizers.adafactor, optimizers.adamw, optax.inject_hyperparams(optax.sgd)],
+    ids=["adafactor", "adamw", "injected"],
+)
 def test_learning_rate_of_the_last_update(
     make: Callable[[schedules.Schedule], optax.GradientTransformation],
 ) -> None:
