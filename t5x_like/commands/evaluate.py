@@ -12,7 +12,7 @@ from t5x_like.errors import UserError
 from t5x_like.models.contract import Model
 from t5x_like.models.predictor import Predictor
 from t5x_like.sharding import Partitioner
-from t5x_like.training.evaluation import Evaluator, write_rows
+from t5x_like.training.evaluation import Evaluator, samples, write_rows
 from t5x_like.training.report import write_report
 from t5x_like.training.run_log import RunLog, SilentRunLog
 
@@ -55,6 +55,7 @@ def evaluate(
                 params = restore_parameters(checkpoints, each, model, batch, partitioner)
                 for result in evaluator.run(predictor, params):
                     log.evaluation(each, result.task, result.metrics)
+                    log.message(samples(result))
                     if jax.process_index() == 0:
                         log.message(f"predictions are in {write_rows(model_dir, each, result)}")
     if jax.process_index() == 0:

@@ -17,7 +17,7 @@ from t5x_like.models.contract import Model
 from t5x_like.models.predictor import Predictor
 from t5x_like.sharding import Partitioner, check_divisible
 from t5x_like.training import train_state
-from t5x_like.training.evaluation import EarlyStopping, Evaluator, write_rows
+from t5x_like.training.evaluation import EarlyStopping, Evaluator, samples, write_rows
 from t5x_like.training.flops import matmul_flops, matmul_peak
 from t5x_like.training.optimizers import ema_params
 from t5x_like.training.report import write_report
@@ -142,6 +142,8 @@ class EvaluationHook:
         for result in self.evaluator.run(self.predictor, progress.state.params if params is None else params):
             self.log.evaluation(progress.step, result.task, result.metrics)
             self.history[progress.step] |= {f"{result.task}/{name}": value for name, value in result.metrics.items()}
+            if progress.last:
+                self.log.message(samples(result))
             if jax.process_index() == 0:
                 write_rows(self.model_dir, progress.step, result)
         if self.early_stopping is None or not self.early_stopping.should_stop(self.history):

@@ -158,6 +158,19 @@ def perplexity(scores: Numbers, num_tokens: Numbers) -> float:
         return float(np.exp(-math.fsum(scores) / tokens))
 
 
+def unigram_perplexity(targets: Sequence[Sequence[int] | np.ndarray]) -> float:
+    """The perplexity of a model that knows no more than how often each token occurs in these very targets.
+
+    The trivial baseline of `perplexity`: exp of the entropy of the tokens' frequencies, EOS included.
+
+    Args:
+        targets: token ids of each example.
+    """
+    _, counts = np.unique(np.concatenate([np.asarray(tokens) for tokens in targets]), return_counts=True)
+    shares = counts / counts.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
 def _pairs(targets: Sequence[T], predictions: Sequence[P]) -> list[tuple[T, P]]:
     _check(targets, predictions)
     return list(zip(targets, predictions, strict=True))

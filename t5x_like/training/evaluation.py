@@ -11,7 +11,7 @@ import numpy as np
 import seqio
 
 from t5x_like.data.loader import DatasetConfig, EvalBatch, eval_batches, weighted_tasks
-from t5x_like.data.metrics import perplexity
+from t5x_like.data.metrics import perplexity, unigram_perplexity
 from t5x_like.decoding.contract import DecodeFn
 from t5x_like.decoding.greedy import Greedy
 from t5x_like.errors import UserError
@@ -36,7 +36,7 @@ class TaskResult(NamedTuple):
 
     Attributes:
       task: its name.
-      metrics: `perplexity`, and what the task's own metric functions say.
+      metrics: `perplexity` beside its trivial baseline `unigram_perplexity`, and what the task's own functions say.
       rows: one per example, in order.
     """
 
@@ -84,7 +84,9 @@ class Evaluator:
                 inputs, outputs = (example_text(task, example, name) for name in ("inputs", "targets"))
                 rows.append({"inputs": inputs, "targets": outputs, "predictions": text, "score": float(score)})
         scores = [row["score"] for row in rows]
-        metrics = {"perplexity": perplexity(scores, [len(np.asarray(example["targets"])) for example in examples])}
+        tokens = [np.asarray(example["targets"]) for example in examples]
+        metrics = {"perplexity": perplexity(scores, [len(each) for each in tokens])}
+        metrics |= {"unigram_perplexity": unigram_perplexity(tokens)}
         targets = _postprocessed(task, [row["targets"] for row in rows], examples, is_target=True)
         if task.predict_metric_fns:
             predictions = _postprocessed(task, [row["predictions"] or "" for row in rows], examples, is_target=False)
@@ -118,6 +120,18 @@ def _postprocessed(
         task.postprocess_fn(text, example=example, is_target=is_target)
         for text, example in zip(texts, examples, strict=True)
     ]
+
+
+def samples(result: TaskResult, count: int = 5) -> str:
+    """The first outputs beside their targets, to be read by a person."""
+    width = 150
+    lines = [f"{result.task}:"]
+    for row in result.rows[:count]:
+        for name in ("inputs", "targets", "predictions"):
+            text = " ".join(str(row[name]).split())
+            lines.append(f"  {name:<11}  {text if len(text) <= width else text[: width - 3] + '...'}")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def write_rows(model_dir: str | Path, step: int, result: TaskResult) -> Path:

@@ -31,6 +31,7 @@ def test_evaluate_needs_no_more_than_the_folder_and_agrees_with_training(run: Pa
     assert read(run / "eval" / "wordnet_supersense" / "6.jsonl") == samples
     assert {name.partition("/")[2] for name in expected} == {
         "perplexity",
+        "unigram_perplexity",
         "bleu",
         "chrf",
         "accuracy",

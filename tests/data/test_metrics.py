@@ -126,3 +126,8 @@ def test_undefined_values_are_errors() -> None:
         metrics.token_f1([[]], ["a"])
     with pytest.raises(UserError, match="the targets have no tokens"):
         metrics.perplexity([0.0], [0])
+
+
+def test_unigram_perplexity_is_the_exponential_of_the_entropy() -> None:
+    assert metrics.unigram_perplexity([[5, 5], [7, 9]]) == pytest.approx(2**1.5)  # shares 1/2, 1/4, 1/4: 1.5 bits
+    assert metrics.unigram_perplexity([[3], [3, 3]]) == pytest.approx(1.0)
