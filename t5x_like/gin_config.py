@@ -152,7 +152,8 @@ def load(
     loader.symbols.setdefault(_tail(target.__module__, 1), target.__module__)
     root = Reference("", loader.add(f"{target.__module__}.{target.__qualname__}", target), True)
     config = LoadedConfig(root, loader.link(), loader.targets, [module for module, _ in loader.imports])
-    _check_all_used(config, [Reference("", name, True) for name in roots if name in loader.targets])
+    others = [Reference("", name, True) for name in roots if name in loader.targets]
+    _check_all_used(config, [*others, *loader.overridden])
     return config
 
 
@@ -201,6 +202,7 @@ class _Loader:
         self.statements: list[tuple[config_parser.BindingStatement, Mapping[str, str], str]] = []
         self.imports: list[tuple[str, str]] = []  # module, location
         self.targets: dict[str, Callable[..., object]] = {_MACRO: lambda value: value}
+        self.overridden: list[Reference] = []  # what they lead to counts as used: an override orphans nothing
 
     def add_file(self, file: str, asked_by: str, inside: tuple[Path, ...] = ()) -> None:
         """Reads a file, with its includes where they stand; as in gin, a file sees its own imports only."""
@@ -258,8 +260,15 @@ class _Loader:
                 key, parameter = (parsed.scope, find(parsed.selector)), parsed.arg_name
             else:
                 key, parameter = (Reference(parsed.scope, parsed.selector, False).key, _MACRO), "value"
-            bindings.setdefault(key, {})[parameter] = Binding(value, location)
+            block = bindings.setdefault(key, {})
+            if parameter in block:
+                _map(functools.partial(self.note_overridden, key[0]), block[parameter].value)
+            block[parameter] = Binding(value, location)
         return bindings
+
+    def note_overridden(self, scope: str, leaf: object) -> None:
+        if isinstance(leaf, Reference):
+            self.overridden.append(dataclasses.replace(leaf, scope=leaf.scope or scope))
 
     def find(self, name: str, symbols: Mapping[str, str], location: str) -> str:
         """Follows a dotted path from an imported module, into none that may not be imported."""

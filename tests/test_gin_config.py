@@ -691,10 +691,11 @@ def test_standard_macros_on_the_command_line_must_be_used() -> None:
     assert mistake(BASE + "SAVE_PERIOD = 4\n", "SAVE_PERIOD=5") == message
 
 
-def test_what_only_an_overridden_value_led_to_is_not_used() -> None:
-    assert mistake(BASE + "A = @parts.Dataset()\ncommands.train.data = %A\nparts.Dataset.task = 't'\n", "A=3") == (
-        "a.gin:12: nothing uses parts.Dataset. Refer to it (@parts.Dataset()), or remove this."
-    )
+def test_an_override_orphans_nothing() -> None:
+    """An experiment may choose another object than the run file that it includes configures."""
+    text = BASE + "A = @parts.Dataset()\ncommands.train.data = %A\nparts.Dataset.task = 't'\n"
+    assert gin_config.run(load([write(text)], "A=3"))["data"] == 3
+    assert gin_config.run(load([write(text), write("commands.train.data = 4\n", "b.gin")]))["data"] == 4
 
 
 @pytest.mark.parametrize(
