@@ -24,4 +24,4 @@ step() {
 step ruff check
 step ruff format --check
 step mypy
-step pytest -n 2 ${selection[@]+"${selection[@]}"} "$@"
+step pytest -n 2 --dist loadfile ${selection[@]+"${selection[@]}"} "$@"

@@ -104,7 +104,8 @@ def train(
                 Monitor(trainer, log, model_dir, flops, peak),
                 [save] if evaluation is None else [evaluation, save],
             )
-            log.message(f"step {int(state.step)} of {trainer.train_steps}; the run's folder is {model_dir}")
+            rest = "" if int(state.step) >= trainer.train_steps else "; the same command goes on from there"
+            log.message(f"stopped at step {int(state.step)} of {trainer.train_steps} in {model_dir}{rest}")
     if jax.process_index() == 0:
         write_report(model_dir)
 

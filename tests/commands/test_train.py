@@ -94,7 +94,7 @@ def test_a_run_that_crashed_goes_on_bitwise_from_its_last_checkpoint(
 def test_a_finished_run_only_says_so(trained: Path, capfd: pytest.CaptureFixture) -> None:
     before = digests(trained, 6)
     assert train_tiny(trained) == 0
-    assert "step 6 of 6" in capfd.readouterr().err
+    assert "stopped at step 6 of 6 in" in capfd.readouterr().err
     assert digests(trained, 6) == before
 
 
@@ -171,6 +171,61 @@ def test_fine_tuning_takes_what_matches_and_the_rest_starts_afresh(trained: Path
     matching = {name for name in ours if name.startswith(("params/token_embedder/", "params/encoder/"))}
     assert matching <= taken
     assert not any(name.endswith("kernel") for name in taken - matching)
+
+
+THIRD_PARTY = """
+import seqio
+
+seqio.TaskRegistry.add(
+    "third_party_reverse",
+    source=seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: __import__("tensorflow").data.Dataset.from_tensor_slices(
+            {"inputs": [f"reverse {i}" for i in range(20)], "targets": [str(i)[::-1] for i in range(20)]}
+        ),
+        splits=("train", "validation"),
+    ),
+    preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+    output_features={name: seqio.Feature(seqio.ByteVocabulary()) for name in ("inputs", "targets")},
+    metric_fns=[lambda targets, predictions: {"exact": float(targets == predictions)}],
+)
+"""
+
+
+def test_a_third_party_task_trains_by_name_through_an_import_with_any_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "my_reverse_tasks.py").write_text(THIRD_PARTY)
+    (tmp_path / "tasks.gin").write_text("from __gin__ import dynamic_registration\nimport my_reverse_tasks\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = [
+        f"--gin_file={tmp_path / 'tasks.gin'}",
+        "--gin.MIXTURE_OR_TASK_NAME=third_party_reverse",
+        "--gin.VOCABULARY=@vocabularies.byte_vocabulary()",
+        "--gin.VOCAB_SIZE=384",
+        "--gin.TRAIN_STEPS=1",
+    ]
+    assert train_tiny(tmp_path / "run", *arguments) == 2
+    assert f"{tmp_path.name}/tasks.gin:2: 'my_reverse_tasks' may not be used" in capfd.readouterr().err
+    assert train_tiny(tmp_path / "run", *arguments, "--allow_import=my_reverse_tasks") == 0
+    (row, *_) = [
+        json.loads(line) for line in (tmp_path / "run/eval/third_party_reverse/1.jsonl").read_text().splitlines()
+    ]
+    assert (row["inputs"], row["targets"]) == ("reverse 0", "0")
+
+
+def test_early_stopping_ends_the_run_with_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """The perplexity falls, so a run that waits for it to rise stops at its second evaluation."""
+    arguments = [
+        "--gin.train.train.early_stopping=@evaluation.EarlyStopping()",
+        "--gin.evaluation.EarlyStopping.metric=wordnet_supersense/perplexity",
+        "--gin.evaluation.EarlyStopping.patience=1",
+        "--gin.EVAL_PERIOD=1",
+        "--gin.SAVE_PERIOD=100",
+        "--gin.schedules.constant.base=0.1",
+    ]
+    assert train_tiny(tmp_path / "run", *arguments) == 0
+    assert "wordnet_supersense/perplexity no longer gets better; stopping early" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
