@@ -56,7 +56,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Executed:
     environment = os.environ | {
         "T5X_LIKE_NOTEBOOK_STEPS": str(STEPS),
         "PYTHONPATH": str(REPOSITORY),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # fast to compile; and one device, as on a laptop
+        "XLA_FLAGS": "",  # one device, as on a laptop
         "IPYTHONDIR": str(folder / "ipython"),
     }
     # With no folders of kernels to look into there is but one: ipykernel in the Python that runs this test.

@@ -64,7 +64,8 @@ class Trainer:
       train_steps: the step at which the run ends.
       seed: of initialisation and dropout.
       microbatches: parts of the batch whose gradients are summed before an update (gradient accumulation).
-      log_period: steps from one logged step to the next; runs shorter than 100 steps log every one.
+      log_period: steps from one logged step to the next; the first and the last are logged too, and every step of a
+        run shorter than 100.
       max_skipped_updates: so many steps in a row with a non-finite loss or gradient end the run.
     """
 
@@ -156,7 +157,7 @@ class Monitor:
         finite = bool(report.finite)  # waits for the step to end
         self._in_a_row = 0 if finite else self._in_a_row + 1
         self._skipped += not finite
-        if last or step % self._trainer.log_period == 0 or self._trainer.train_steps < 100:
+        if last or step == 1 or step % self._trainer.log_period == 0 or self._trainer.train_steps < 100:
             self._report(step, report)
         if self._in_a_row >= self._trainer.max_skipped_updates:
             self._fail(step, batch)
