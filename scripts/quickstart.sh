@@ -16,7 +16,7 @@ The run is in $run: report.html (curves, samples, config), metrics/, eval/ (pred
 
 Next:
   source ${T5X_LIKE_VENV:-.venv}/bin/activate
-  t5x_like evaluate --gin.MODEL_DIR=$run --gin.eval/loader.DatasetConfig.split=test     all of the test split
+  t5x_like evaluate --gin.MODEL_DIR=$run --gin.EVAL_EXAMPLES=None                       every validation example
   echo "supersense: oak: a tree of the genus Quercus" > inputs.txt
   t5x_like infer --gin.MODEL_DIR=$run --gin.infer.infer.source=inputs.txt               your own inputs
   t5x_like train --gin.MODEL_DIR=$run --gin.TRAIN_STEPS=2000                            train on from here
