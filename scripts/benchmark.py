@@ -6,12 +6,13 @@ dtype), share_of_peak, peak_memory_gib, versions; and what else the case knows.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -19,6 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import numpy as np
 
+import t5x_like
 from t5x_like import gin_config
 from t5x_like.models.encoder_decoder import EncoderDecoderModel
 from t5x_like.sharding import Partitioner
@@ -29,13 +31,13 @@ from t5x_like.training.step import TrainStep
 from t5x_like.training.trainer import peak_memory_gib
 
 
-def train_t5_small(dtype: str, steps: int) -> dict[str, object]:
-    """T5.1.1-small: batch 8, 512 + 114 tokens, vocabulary 32,128, Adafactor, dropout 0.1; random tokens, no padding."""
-    files, bindings = ["models/t5_1_1_small.gin"], [f"DTYPE={dtype}", "DROPOUT_RATE=0.1"]
+def train_t5(size: str, dtype: str, steps: int) -> dict[str, object]:
+    """T5 1.1 of a size: batch 8, 512 + 114 tokens, Adafactor, dropout 0.1; random tokens, no padding."""
+    files, bindings = [f"models/t5_1_1_{size}.gin"], [f"DTYPE={dtype}", "DROPOUT_RATE=0.1"]
     model = gin_config.run(gin_config.load(EncoderDecoderModel, files, bindings))
     assert isinstance(model, EncoderDecoderModel)
     rng, batch_size, lengths = np.random.default_rng(0), 8, {"inputs": 512, "targets": 114}
-    rows = [[{name: rng.integers(3, 32000, size) for name, size in lengths.items()}] for _ in range(batch_size)]
+    rows = [[{name: rng.integers(3, 8000, size) for name, size in lengths.items()}] for _ in range(batch_size)]
     batch = model.converter.convert(rows, lengths, packed=False)
     partitioner, optimizer = Partitioner.single_device(), adafactor(1e-3)
     state = train_state.create_sharded(model, optimizer, batch, 0, partitioner)
@@ -63,21 +65,21 @@ def train_t5_small(dtype: str, steps: int) -> dict[str, object]:
     }
 
 
-CASES: dict[str, Callable[[str, int], dict[str, object]]] = {"train_t5_small": train_t5_small}
+CASES: dict[str, Callable[[str, int], dict[str, object]]] = {"train_t5_small": functools.partial(train_t5, "small")}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs one case."""
     parser = argparse.ArgumentParser(description="Measures this machine; prints one JSON line.")
     parser.add_argument("--case", choices=sorted(CASES), required=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default: 5)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.steps < 1:
         parser.error("--steps must be at least 1")
     result = CASES[arguments.case](arguments.dtype, arguments.steps)
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "t5x_like")
-    versions = {name: metadata.version(name) for name in packages} | {"python": sys.version.split()[0]}
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    versions |= {"t5x_like": t5x_like.__version__, "python": sys.version.split()[0]}
     facts = {"case": arguments.case, "dtype": arguments.dtype, "device": jax.devices()[0].device_kind}
     print(json.dumps(facts | result | {"peak_memory_gib": round(peak_memory_gib(), 2), "versions": versions}))
     return 0
