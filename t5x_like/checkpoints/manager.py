@@ -87,7 +87,8 @@ class Checkpoints:
         if policy is None and not self._folder.is_dir():
             raise UserError(f"{self._folder}: no such folder of checkpoints; has the run been trained?")
         self._policy = policy
-        options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+        # Not read_only=True, about which Orbax warns three times: nothing is written where nothing is saved.
+        options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
         if policy is not None:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policy.preservation(), cleanup_tmp_directories=True
