@@ -104,11 +104,8 @@ def make_mesh(
             f"let the product be {len(devices)}, or set one axis to -1"
         )
     shape = tuple(sizes.values())
-    try:  # follows the wiring of a TPU torus where there is one
-        grid = jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 4).devices
-    except (NotImplementedError, ValueError, AssertionError):
-        grid = np.asarray(devices).reshape(shape)
-    return Mesh(grid, MESH_AXES)  # not make_mesh's own: Auto axes, which with_sharding_constraint accepts
+    # Follows the wiring of a TPU torus; Auto axes, since make_mesh's own default refuses with_sharding_constraint.
+    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 
 
 _active: contextvars.ContextVar["Partitioner | None"] = contextvars.ContextVar("partitioner", default=None)
