@@ -153,7 +153,7 @@ def load(
     root = Reference("", loader.add(f"{target.__module__}.{target.__qualname__}", target), True)
     config = LoadedConfig(root, loader.link(), loader.targets, [module for module, _ in loader.imports])
     others = [Reference("", name, True) for name in roots if name in loader.targets]
-    _check_all_used(config, [*others, *loader.overridden])
+    _check_all_used(config, others, loader.overridden)
     return config
 
 
@@ -355,11 +355,12 @@ def _origin(config: LoadedConfig, binding: Binding) -> Binding:
     return _origin(config, inner) if inner else binding
 
 
-def _check_all_used(config: LoadedConfig, roots: Iterable[Reference]) -> None:
+def _check_all_used(config: LoadedConfig, roots: Sequence[Reference], overridden: Iterable[Reference]) -> None:
     """Compares what is bound with what the commands lead to."""
     macros = {s: bound["value"].location for (s, name), bound in config.bindings.items() if name == _MACRO}
     spare = [name for name in macros if name in STANDARD_MACROS and not macros[name].startswith("--gin.")]
-    calls = _follow(config, [config.command, *roots, *(Reference(name, _MACRO, True) for name in spare)])
+    spares = (Reference(name, _MACRO, True) for name in spare)
+    calls = _follow(config, [config.command, *roots, *overridden, *spares])
     used: dict[str, set[str]] = {_MACRO: set()}  # the scopes in which something is reached
     for call in calls:
         used.setdefault(call.reference.name, set()).update(_outer_scopes(call.reference.scope))
@@ -367,7 +368,7 @@ def _check_all_used(config: LoadedConfig, roots: Iterable[Reference]) -> None:
     for name, location in macros.items():
         if name not in used[_MACRO]:
             raise UserError(f"{location}: nothing uses the macro {name}.{nearest(name, used[_MACRO])}")
-    for call in calls:
+    for call in _follow(config, [config.command, *roots]):
         name = call.reference.scope
         if call.reference.name == _MACRO and not call.arguments and name != "gin.REQUIRED":
             hint = f"{nearest(name, macros)} Set it with --gin.{name}=value."

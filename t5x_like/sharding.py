@@ -7,7 +7,7 @@ splits each name; nothing else in the library knows a mesh axis by name.
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -153,6 +153,33 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if partitioner is None or partitioner.mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partitioner.sharding(*axes))
+
+
+def ways(axis: str) -> int:
+    """Into how many parts the active mesh splits a dimension named `axis`; 1 without a mesh."""
+    partitioner = _active.get()
+    if partitioner is None:
+        return 1
+    return int(np.prod([partitioner.mesh.shape[name] for name in _as_tuple(getattr(partitioner.rules, axis))]))
+
+
+def per_shard(
+    function: Callable[..., Array], in_axes: Sequence[LogicalAxes], out_axes: LogicalAxes
+) -> Callable[..., Array]:
+    """`function` applied by every device to its own part of the arguments; to the whole of them without a mesh.
+
+    Args:
+      function: from arrays to an array, for what the compiler cannot split by itself.
+      in_axes: logical axes of every argument; what they leave whole is gathered.
+      out_axes: logical axes of the result.
+    """
+    partitioner = _active.get()
+    if partitioner is None or partitioner.mesh.size == 1:
+        return function
+    in_specs = tuple(partitioner.sharding(*axes).spec for axes in in_axes)
+    return jax.shard_map(
+        function, mesh=partitioner.mesh, in_specs=in_specs, out_specs=partitioner.sharding(*out_axes).spec
+    )
 
 
 def check_divisible(shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[str, NamedSharding]) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_like.errors import UserError
+from t5x_like.layers.moe import REPORTS
 from t5x_like.typing import Array, Float, Int, PyTree
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -52,7 +53,7 @@ class LayerStack:
             block = _Block(self.pattern) if len(self.pattern) > 1 else self.pattern[0]
             scanned = nn.scan(
                 lambda layer, x, *context: (self._checkpointed(layer, x, *context), None),
-                variable_axes={"params": 1, "cache": 0},
+                variable_axes={"params": 1, "cache": 0, REPORTS: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
                 length=self.repeats,

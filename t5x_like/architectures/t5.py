@@ -7,11 +7,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from t5x_like.architectures.stack import LayerStack
+from t5x_like.errors import UserError
 from t5x_like.layers import masks
 from t5x_like.layers.dropout import Dropout
 from t5x_like.layers.norms import RMSNorm
+from t5x_like.layers.routing import Tokens
 from t5x_like.sharding import constrain
-from t5x_like.typing import Array, Bool, Float, Int
+from t5x_like.typing import Array, Bool, Float, Int, PyTree
 
 
 class EncoderLayer(nn.Module):
@@ -19,7 +21,7 @@ class EncoderLayer(nn.Module):
 
     Attributes:
       attention: called with `bias` and `mask`.
-      mlp: called with the sequence alone; dense, or sparse in a Switch Transformer.
+      mlp: called with the sequence and its `Tokens`: dense, or sparse in a Switch Transformer.
       dropout_rate: on what is added.
       norm: copied under the names of the two norms.
       relpos_bias: the layer's own bias table (UMT5); None takes the stack's.
@@ -37,6 +39,7 @@ class EncoderLayer(nn.Module):
         x: Float[Array, "batch length embed"],
         bias: Float[Array, "1 heads length length"] | None,
         mask: masks.Mask | None,
+        tokens: Tokens,
     ) -> Float[Array, "batch length embed"]:
         """One encoder layer."""
         if self.relpos_bias is not None:
@@ -45,7 +48,7 @@ class EncoderLayer(nn.Module):
         y = self.norm.clone(parent=self, name="pre_attention_layer_norm")(x)
         x += Dropout(self.dropout_rate)(self.attention(y, bias=bias, mask=mask))
         y = self.norm.clone(parent=self, name="pre_mlp_layer_norm")(x)
-        x += Dropout(self.dropout_rate)(self.mlp(y))
+        x += Dropout(self.dropout_rate)(self.mlp(y, tokens))
         return constrain(x, "batch", "length", "embed")
 
 
@@ -59,6 +62,14 @@ class DecoderLayer(nn.Module):
     norm: nn.Module = RMSNorm()
     relpos_bias: nn.Module | None = None
 
+    def __post_init__(self) -> None:
+        if not getattr(self.mlp, "causal", True):
+            raise UserError(
+                "DecoderLayer.mlp: its router looks at tokens that the decoder has yet to write (ExpertChoice, or "
+                "TopK.prioritize); give decoder layers a router of their own, such as TopK"
+            )
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self,
@@ -68,6 +79,7 @@ class DecoderLayer(nn.Module):
         mask: masks.Mask,
         cross_mask: masks.Mask | None,
         position: Int[Array, ""] | None,
+        tokens: Tokens,
     ) -> Float[Array, "batch length embed"]:
         """One decoder layer; with a `position`, one cached step (see `MultiHeadAttention`)."""
         if self.relpos_bias is not None:
@@ -78,8 +90,28 @@ class DecoderLayer(nn.Module):
         y = self.encoder_decoder_attention(y, context=encoded, mask=cross_mask, position=position)
         x += Dropout(self.dropout_rate)(y)
         y = self.norm.clone(parent=self, name="pre_mlp_layer_norm")(x)
-        x += Dropout(self.dropout_rate)(self.mlp(y))
+        x += Dropout(self.dropout_rate)(self.mlp(y, tokens))
         return constrain(x, "batch", "length", "embed")
+
+
+class MlpLayer(nn.Module):
+    """A dense MLP alone, behind a norm and added to its input: ST-MoE puts one behind every sparse layer.
+
+    Attributes:
+      mlp: dense.
+      dropout_rate: on what is added.
+      norm: copied.
+    """
+
+    mlp: nn.Module
+    dropout_rate: float = 0.0
+    norm: nn.Module = RMSNorm()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length embed"], *context: PyTree) -> Float[Array, "batch length embed"]:
+        """Needs none of what the layers around it do."""
+        y = self.norm.clone(parent=self, name="pre_mlp_layer_norm")(x)
+        return constrain(x + Dropout(self.dropout_rate)(self.mlp(y)), "batch", "length", "embed")
 
 
 def decoder_positions(
@@ -106,12 +138,14 @@ class Encoder(nn.Module):
     relpos_bias: nn.Module | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch length embed"], mask: masks.Mask) -> Float[Array, "batch length embed"]:
+    def __call__(
+        self, x: Float[Array, "batch length embed"], mask: masks.Mask, tokens: Tokens
+    ) -> Float[Array, "batch length embed"]:
         """Encodes embedded tokens; `mask` says which keys each query sees."""
         positions = jnp.arange(x.shape[1])
         bias = None if self.relpos_bias is None else self.relpos_bias(positions, positions)
         x = constrain(Dropout(self.dropout_rate)(x), "batch", "length", "embed")
-        x = self.stack(self, x, bias, mask)
+        x = self.stack(self, x, bias, mask, tokens)
         return Dropout(self.dropout_rate)(self.norm.clone(parent=self, name="encoder_norm")(x))
 
 
@@ -135,13 +169,14 @@ class Decoder(nn.Module):
         encoded: Float[Array, "batch encoder_length embed"] | None,
         mask: masks.Mask,
         cross_mask: masks.Mask | None,
+        tokens: Tokens,
         position: Int[Array, ""] | None = None,
         output_scale: float = 1.0,
     ) -> Float[Array, "batch length _"]:
         """Logits, or hidden states where there is no `logits_dense`."""
         bias = None if self.relpos_bias is None else self.relpos_bias(*decoder_positions(x, mask, position))
         x = constrain(Dropout(self.dropout_rate)(x), "batch", "length", "embed")
-        x = self.stack(self, x, encoded, bias, mask, cross_mask, position)
+        x = self.stack(self, x, encoded, bias, mask, cross_mask, position, tokens)
         x = Dropout(self.dropout_rate)(self.norm.clone(parent=self, name="decoder_norm")(x)) * output_scale
         return x if self.logits_dense is None else self.logits_dense(x)
 
@@ -178,7 +213,8 @@ class T5(nn.Module):
         if encoder_segment_ids is not None and decoder_segment_ids is not None:
             mask = masks.combine(mask, masks.segment_mask(decoder_segment_ids, decoder_segment_ids))
             cross_mask = masks.combine(cross_mask, masks.segment_mask(decoder_segment_ids, encoder_segment_ids))
-        return self.decode(decoder_input_tokens, encoded, mask, cross_mask)
+        real = None if decoder_segment_ids is None else decoder_segment_ids > 0
+        return self.decode(decoder_input_tokens, encoded, mask, cross_mask, real=real)
 
     def encode(
         self,
@@ -189,7 +225,8 @@ class T5(nn.Module):
         mask = masks.key_mask(self.is_real(encoder_input_tokens))
         if encoder_segment_ids is not None:
             mask = masks.combine(mask, masks.segment_mask(encoder_segment_ids, encoder_segment_ids))
-        return self.encoder(self.token_embedder(encoder_input_tokens), mask)
+        tokens = Tokens(encoder_input_tokens, self.is_real(encoder_input_tokens))
+        return self.encoder(self.token_embedder(encoder_input_tokens), mask, tokens)
 
     def decode(
         self,
@@ -198,11 +235,15 @@ class T5(nn.Module):
         mask: masks.Mask,
         cross_mask: masks.Mask | None,
         position: Int[Array, ""] | None = None,
+        real: Bool[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length vocab"]:
-        """Decoder logits (float32) under explicit masks."""
+        """Decoder logits (float32) under explicit masks; without `real`, all but padding behind column 0 is."""
         x = self.token_embedder(tokens)
+        if real is None:
+            columns = jnp.arange(tokens.shape[1]) + (0 if position is None else position)
+            real = self.is_real(tokens) | (columns == 0)[None]  # the start token is T5's padding
         scale = x.shape[-1] ** -0.5 if self.scale_decoder_output else 1.0
-        x = self.decoder(x, encoded, mask, cross_mask, position, scale)
+        x = self.decoder(x, encoded, mask, cross_mask, Tokens(tokens, real), position, scale)
         logits = self.token_embedder.attend(x) if self.decoder.logits_dense is None else x
         return constrain(logits.astype(jnp.float32), "batch", "length", "vocab")
 

@@ -1,10 +1,13 @@
 """Between Linen's variables and what the rest of the library sees: plain trees of arrays, and trees of logical axes."""
 
+import re
+from collections.abc import Mapping
 from typing import TypeVar
 
 import flax.linen as nn
 import jax
 
+from t5x_like.layers.moe import REPORTS, RouterReport
 from t5x_like.sharding import LogicalAxes
 from t5x_like.typing import Params, PyTree
 
@@ -39,3 +42,21 @@ def named_axes(axes: PyTree) -> list[tuple[str, LogicalAxes]]:
     """The same for `logical_axes`, whose leaves are tuples."""
     leaves = jax.tree.leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
     return [(parameter_name(path), names) for path, names in leaves]
+
+
+def router_reports(variables: Mapping[str, PyTree]) -> dict[str, RouterReport]:
+    """What every sparse layer reported, by the layer's name: `encoder/layers_1`; nothing from a dense network.
+
+    Scanned layers report together; here each stands by itself, the r-th repetition as `layers_r`.
+    """
+    reports: dict[str, RouterReport] = {}
+    is_report = lambda x: isinstance(x, RouterReport)  # noqa: E731
+    for path, report in jax.tree.leaves_with_path(variables.get(REPORTS, {}), is_leaf=is_report):
+        name = parameter_name(path).removesuffix("/mlp/report")
+        if report.tokens.ndim == 0:
+            reports[name] = report
+            continue
+        for r in range(len(report.tokens)):
+            scanned = re.sub(r"/layers(?=/|$)", f"/layers_{r}", name)
+            reports[scanned] = jax.tree.map(lambda leaf, r=r: leaf[r], report)
+    return reports

@@ -39,12 +39,14 @@ class MultiHeadAttention(nn.Module):
       head_dim: size of each; heads x head_dim need not be embed_dim (T5-11B: 128 x 128 against 1,024).
       dropout_rate: on the attention weights, one mask for all queries.
       dtype: of the products.
+      init_scale: kernels have variance init_scale / fan_in, the query's a further head_dim below.
     """
 
     num_heads: int
     head_dim: int
     dropout_rate: float = 0.0
     dtype: str = "float32"
+    init_scale: float = 1.0
 
     @nn.compact
     def __call__(
@@ -70,7 +72,7 @@ class MultiHeadAttention(nn.Module):
         Returns:
           Same shape as `x`.
         """
-        query = self._project("query", x, FanInNormal(1.0 / self.head_dim))
+        query = self._project("query", x, self.init_scale / self.head_dim)
         if position is None:
             source = x if context is None else context
             key, value = self._project("key", source), self._project("value", source)
@@ -86,14 +88,13 @@ class MultiHeadAttention(nn.Module):
         weights = attention_weights(query, key, bias, mask)
         weights = Dropout(self.dropout_rate)(weights).astype(self.dtype)
         mixed = constrain(jnp.einsum("bhqk,bkhd->bqhd", weights, value), "batch", "length", "heads", "head_dim")
-        out = Linear((x.shape[-1],), ("heads", "head_dim", "embed"), contract=2, dtype=self.dtype, name="out")
-        return out(mixed)
+        init, axes = FanInNormal(self.init_scale, in_axes=2), ("heads", "head_dim", "embed")
+        return Linear((x.shape[-1],), axes, contract=2, kernel_init=init, dtype=self.dtype, name="out")(mixed)
 
-    def _project(self, name: str, x: Array, kernel_init: FanInNormal | None = None) -> Array:
-        axes = ("embed", "heads", "head_dim")
-        projected = Linear((self.num_heads, self.head_dim), axes, kernel_init=kernel_init, dtype=self.dtype, name=name)(
-            x
-        )
+    def _project(self, name: str, x: Array, init_scale: float | None = None) -> Array:
+        init = FanInNormal(self.init_scale if init_scale is None else init_scale)
+        features, axes = (self.num_heads, self.head_dim), ("embed", "heads", "head_dim")
+        projected = Linear(features, axes, kernel_init=init, dtype=self.dtype, name=name)(x)
         return constrain(projected, "batch", "length", "heads", "head_dim")
 
     def _make_cache(self, key: Array, value: Array, keep: bool) -> None:

@@ -9,7 +9,8 @@ import jax
 
 from t5x_like.errors import UserError
 from t5x_like.layers.dropout import Dropout
-from t5x_like.layers.linear import Linear
+from t5x_like.layers.linear import FanInNormal, Linear
+from t5x_like.layers.routing import Tokens
 from t5x_like.sharding import constrain
 from t5x_like.typing import Array, Float
 
@@ -22,6 +23,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def check_activations(owner: str, activations: tuple[str, ...]) -> None:
+    """Raises a `UserError` if `owner`'s `activations` names one that is not in `ACTIVATIONS`."""
+    for name in activations:
+        if name not in ACTIVATIONS:
+            raise UserError(f"{owner}.activations: {name!r} is not one of {', '.join(ACTIVATIONS)}")
+
+
 class MlpBlock(nn.Module):
     """Two matrices with an activation between (Vaswani et al. 2017, eq. 2), or its gated form (Shazeer 2020).
 
@@ -30,27 +38,29 @@ class MlpBlock(nn.Module):
       activations: one per input matrix; their outputs are multiplied. T5 1.0: `("relu",)`, 1.1: `("gelu", "linear")`.
       dropout_rate: between the matrices.
       dtype: of the products.
+      init_scale: kernels have variance init_scale / fan_in.
     """
 
     mlp_dim: int
     activations: tuple[str, ...] = ("relu",)
     dropout_rate: float = 0.0
     dtype: str = "float32"
+    init_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in self.activations:
-            if name not in ACTIVATIONS:
-                raise UserError(f"MlpBlock.activations: {name!r} is not one of {', '.join(ACTIVATIONS)}")
+        check_activations("MlpBlock", self.activations)
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
-        """Maps every position by itself."""
-        branches = []
+    def __call__(
+        self, x: Float[Array, "batch length embed"], tokens: Tokens | None = None
+    ) -> Float[Array, "batch length embed"]:
+        """Maps every position by itself, whatever its token."""
+        init, branches = FanInNormal(self.init_scale), []
         for i, activation in enumerate(self.activations):
             name = "wi" if len(self.activations) == 1 else f"wi_{i}"
-            hidden = Linear((self.mlp_dim,), ("embed", "mlp"), dtype=self.dtype, name=name)(x)
+            hidden = Linear((self.mlp_dim,), ("embed", "mlp"), kernel_init=init, dtype=self.dtype, name=name)(x)
             branches.append(ACTIVATIONS[activation](hidden))
         hidden = functools.reduce(operator.mul, branches)
         hidden = constrain(Dropout(self.dropout_rate)(hidden), "batch", "length", "mlp")
-        return Linear((x.shape[-1],), ("mlp", "embed"), dtype=self.dtype, name="wo")(hidden)
+        return Linear((x.shape[-1],), ("mlp", "embed"), kernel_init=init, dtype=self.dtype, name="wo")(hidden)

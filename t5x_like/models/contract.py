@@ -10,10 +10,10 @@ from t5x_like.typing import Array, Batch, Float, Params, PRNGKey, PyTree, Scalar
 class WeightedSum(NamedTuple):
     """A mean that is not yet divided, so that shards, microbatches and steps add up exactly."""
 
-    total: Scalar
+    total: Float[Array, "*shape"]
     weight: Scalar
 
-    def mean(self) -> Scalar:
+    def mean(self) -> Float[Array, "*shape"]:
         """`total / weight`, and 0 where there is no weight."""
         return self.total / self.weight.clip(1e-9)
 
@@ -23,7 +23,7 @@ class LossAndMetrics(NamedTuple):
 
     Attributes:
       loss: what training minimises, summed over target tokens, and how many there were.
-      metrics: what is logged beside it.
+      metrics: what is logged beside it; most are scalars.
     """
 
     loss: WeightedSum

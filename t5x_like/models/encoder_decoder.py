@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from t5x_like.architectures.stack import reorder_cache
-from t5x_like.architectures.variables import logical_axes, unbox
+from t5x_like.architectures.variables import logical_axes, router_reports, unbox
 from t5x_like.data.packing import EncoderDecoderFeatures
 from t5x_like.decoding.contract import Cache, Decoded, DecodeFn, Stepper
+from t5x_like.layers.moe import REPORTS, RouterReport
 from t5x_like.models.contract import LossAndMetrics, WeightedSum
 from t5x_like.models.losses import cross_entropy
+from t5x_like.models.routing_metrics import auxiliary_loss, routing_metrics
 from t5x_like.typing import Array, Batch, Float, Int, Params, PRNGKey, PyTree
 
 
@@ -63,18 +65,24 @@ class EncoderDecoderModel:
 
     def logits(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> Float[Array, "batch length vocab"]:
         """Float32 logits of every next token, given the true ones before it."""
-        return self.network.apply(
+        return self._forward(params, batch, key)[0]
+
+    def _forward(self, params: Params, batch: Batch, key: PRNGKey | None) -> tuple[Array, dict[str, RouterReport]]:
+        """Logits, and what sparse layers report."""
+        logits, variables = self.network.apply(
             {"params": params},
             jnp.asarray(batch["encoder_input_tokens"]),
             jnp.asarray(batch["decoder_input_tokens"]),
             batch.get("encoder_segment_ids"),
             batch.get("decoder_segment_ids"),
             rngs=None if key is None else {"dropout": key},
+            mutable=[REPORTS],
         )
+        return logits, router_reports(variables)
 
     def loss(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> LossAndMetrics:
-        """Cross entropy with z-loss and smoothing, and what is worth watching beside it."""
-        logits = self.logits(params, batch, key)
+        """Cross entropy with z-loss and smoothing, sparse layers' auxiliary losses, and what is worth watching beside it."""
+        logits, reports = self._forward(params, batch, key)
         targets = jnp.asarray(batch["decoder_target_tokens"])
         weights = jnp.asarray(batch["decoder_loss_weights"], jnp.float32)
         tokens = cross_entropy(logits, targets, self.label_smoothing, self.z_loss)
@@ -84,8 +92,9 @@ class EncoderDecoderModel:
         def weighted(values: Float[Array, "batch length"]) -> WeightedSum:
             return WeightedSum((values * weights).sum(), count)
 
-        metrics = {"accuracy": weighted(correct), "z_loss": weighted(tokens.z_loss)}
-        return LossAndMetrics(weighted(tokens.loss), metrics)
+        metrics = {"accuracy": weighted(correct), "z_loss": weighted(tokens.z_loss)} | routing_metrics(reports)
+        loss = weighted(tokens.loss)
+        return LossAndMetrics(loss._replace(total=loss.total + count * auxiliary_loss(reports)), metrics)
 
     def score(self, params: Params, batch: Batch) -> Float[Array, " batch"]:
         """Log-likelihood of the targets, end token included, in nats."""

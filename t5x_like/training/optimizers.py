@@ -27,8 +27,8 @@ from t5x_like.errors import UserError
 from t5x_like.training import schedules
 from t5x_like.typing import Array, Float, Int, Params, PyTree, Scalar
 
-SCANNED_LAYERS: Mapping[str, int] = MappingProxyType({"layers": 1})
-"""Which axis of a leaf is a stack: below the name `layers`, axis 1 counts layers (T5X's scalable_t5)."""
+STACKS: Mapping[str, int] = MappingProxyType({"layers": 1, "expert": 0})
+"""Which axis of a leaf is a stack: below `layers`, axis 1 counts layers (T5X's scalable_t5); below `expert`, axis 0 experts."""
 
 
 # ---- Optimisers ----
@@ -44,7 +44,7 @@ def adafactor(  # long because the arguments are T5X's, and published recipes na
     min_dim_size_to_factor: int = 128,
     epsilon1: float = 1e-30,
     epsilon2: float = 1e-3,
-    stacked_axes: Mapping[str, int] = SCANNED_LAYERS,
+    stacked_axes: Mapping[str, int] = STACKS,
 ) -> optax.GradientTransformation:
     """Adafactor with T5's rules (Shazeer and Stern 2018, algorithms 4 to 6; names and defaults are T5X's).
 

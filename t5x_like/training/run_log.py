@@ -99,7 +99,7 @@ class RunLog:
         for writer in {*self._step_writers, *self._evaluation_writers}:
             writer.close()
 
-    def step(self, step: int, scalars: Mapping[str, float]) -> None:
+    def step(self, step: int, scalars: Mapping[str, float], vectors: Mapping[str, Sequence[float]] = {}) -> None:
         """Reports a training step; the scalars hold at least `loss` and `tokens_per_second`."""
         for writer in self._step_writers:
             writer.write(step, scalars)

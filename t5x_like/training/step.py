@@ -12,7 +12,7 @@ from t5x_like.models.contract import LossAndMetrics, Model
 from t5x_like.sharding import Partitioner, constrain
 from t5x_like.training.optimizers import learning_rate_of
 from t5x_like.training.train_state import TrainState
-from t5x_like.typing import Array, Batch, Bool, Params, PRNGKey, PyTree, Scalar
+from t5x_like.typing import Array, Batch, Bool, Float, Params, PRNGKey, PyTree, Scalar
 
 
 class StepReport(NamedTuple):
@@ -20,11 +20,13 @@ class StepReport(NamedTuple):
 
     Attributes:
       scalars: means over real target tokens, norms, learning rate (float32).
+      vectors: metrics with more than one value, such as the load of every expert.
       tokens: target tokens with a weight.
       finite: False where loss or gradient was not; then the update was left out.
     """
 
     scalars: dict[str, Scalar]
+    vectors: dict[str, Float[Array, " _"]]
     tokens: Scalar
     finite: Bool[Array, ""]
 
@@ -62,12 +64,14 @@ class TrainStep:
         kept = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        scalars = {"loss": loss, **{name: metric.mean() for name, metric in sums.metrics.items()}}
+        means = {name: metric.mean() for name, metric in sums.metrics.items()}
+        vectors = {name: mean for name, mean in means.items() if mean.ndim}
+        scalars = {"loss": loss, **{name: mean for name, mean in means.items() if not mean.ndim}}
         scalars |= {"gradient_norm": norm, "parameter_norm": optax.tree.norm(kept[0])}
         rate = learning_rate_of(opt_state)
         if rate is not None:
             scalars["learning_rate"] = rate
-        return TrainState(state.step + 1, *kept), StepReport(scalars, sums.loss.weight, finite)
+        return TrainState(state.step + 1, *kept), StepReport(scalars, vectors, sums.loss.weight, finite)
 
     def _sums(self, params: Params, batch: Batch, key: PRNGKey) -> tuple[LossAndMetrics, Params]:
         """Loss and metrics summed over the batch, and the gradient of the summed loss."""

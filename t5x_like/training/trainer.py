@@ -183,7 +183,8 @@ class Monitor:
             "share_of_matmul_peak": self._flops / seconds / self._peak,
             "memory_gib": peak_memory_gib(),
         }
-        self._log.step(step, scalars)
+        vectors = {name: values.tolist() for name, values in jax.device_get(report.vectors).items()}
+        self._log.step(step, scalars, vectors)
         self._clock, self._steps, self._tokens = now, 0, 0
 
     def _fail(self, step: int, batch: Mapping[str, np.ndarray]) -> None:

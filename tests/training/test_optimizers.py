@@ -197,7 +197,9 @@ def test_stack_of_experts_within_a_stack_of_layers() -> None:
 
 
 def test_stack_without_its_axis_is_named() -> None:
-    with pytest.raises(UserError, match=r"\{'layers': 1\}, but parameter encoder/layers/bias has shape \[3\]"):
+    with pytest.raises(
+        UserError, match=r"\{'layers': 1, 'expert': 0\}, but parameter encoder/layers/bias has shape \[3\]"
+    ):
         optimizers.adafactor().init({"encoder": {"layers": {"bias": jnp.zeros(3)}}})
 
 
