@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Measures this machine: `scripts/benchmark.py --case NAME` prints one JSON line.
 
-Keys: case, dtype, seconds_per_step (median), tokens_per_second, matmul_peak_gflops (measured in the same process and
-dtype), share_of_peak, peak_memory_gib, versions; and what else the case knows.
+Keys: case, dtype, device, peak_memory_gib, versions, and what the case knows: seconds per step or of each rival
+(medians), the ratio that counts, matmul_peak_gflops measured in the same process and dtype.
 """
 
 import argparse
 import functools
 import json
+import math
 import os
 import statistics
 import sys
@@ -17,11 +18,18 @@ from importlib import metadata
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.stages import Compiled
 
 import t5x_like
 from t5x_like import gin_config
+from t5x_like.architectures.variables import router_reports, unbox
+from t5x_like.layers.mlp import MlpBlock
+from t5x_like.layers.moe import REPORTS, Experts, SparseMlp
+from t5x_like.layers.routing import CapacityFactor, Router, TokenChoices, Tokens
 from t5x_like.models.encoder_decoder import EncoderDecoderModel
 from t5x_like.sharding import Partitioner
 from t5x_like.training import train_state
@@ -29,6 +37,7 @@ from t5x_like.training.flops import matmul_flops, matmul_peak
 from t5x_like.training.optimizers import adafactor
 from t5x_like.training.step import TrainStep
 from t5x_like.training.trainer import peak_memory_gib
+from t5x_like.typing import PyTree
 
 
 def train_t5(size: str, dtype: str, steps: int) -> dict[str, object]:
@@ -65,7 +74,85 @@ def train_t5(size: str, dtype: str, steps: int) -> dict[str, object]:
     }
 
 
-CASES: dict[str, Callable[[str, int], dict[str, object]]] = {"train_t5_small": functools.partial(train_t5, "small")}
+# The sparse layer is measured at 8 sequences of 512 tokens, width 512 and 2,048, beside the dense layer it replaces.
+LAYER_BATCH, LAYER_LENGTH, EMBED_DIM, MLP_DIM = 8, 512, 512, 2048
+
+
+def layer_gradient(layer: nn.Module, dtype: str) -> tuple[Compiled, tuple[PyTree, ...]]:
+    """Value and gradient (of parameters and input) of one feed-forward layer, compiled; and its arguments."""
+    shape = (LAYER_BATCH, LAYER_LENGTH, EMBED_DIM)
+    x, target = (jax.random.normal(jax.random.key(seed), shape, dtype) for seed in (0, 1))
+    tokens = Tokens(jnp.ones(shape[:2], jnp.int32), jnp.ones(shape[:2], bool))
+    params = unbox(jax.jit(layer.init)(jax.random.key(2), x, tokens)["params"])
+
+    def loss(params: PyTree, x: jax.Array) -> jax.Array:
+        y, variables = layer.apply({"params": params}, x, tokens, mutable=[REPORTS])
+        auxiliary = sum(report.loss / report.tokens for report in router_reports(variables, params).values())
+        return jnp.vdot(y, target).astype(jnp.float32) + auxiliary
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x).compile(), (params, x)
+
+
+def switch(experts: int, factor: float, dtype: str, minimum: int = 4) -> SparseMlp:
+    """A Switch layer of `experts` experts, routing within each sequence."""
+    return SparseMlp(Experts(experts, MLP_DIM, dtype=dtype), Router(), CapacityFactor(factor, factor, minimum))
+
+
+class OneHotSwitch(SparseMlp):
+    """The dispatch that this library does not use: tokens times a one-hot [S, E, C], as in Flaxformer."""
+
+    def _within_capacity(self, x: jax.Array, choices: TokenChoices, capacity: int) -> tuple[jax.Array, ...]:
+        slots = choices.slots(self.expert.num_experts, capacity)
+        places = jax.nn.one_hot(slots.slot[:, 0], self.expert.num_experts * capacity, dtype=x.dtype)
+        places = places.reshape(*places.shape[:2], -1, capacity)
+        sent = jnp.einsum("gsec,gsm->egcm", places, x)
+        y = self.expert(sent, functools.partial(jnp.einsum, "egci,eio->egco"), (None, None, None, None))
+        returned = jnp.einsum("gsec,egcm->gsm", places * slots.gates[:, 0, :, None, None].astype(x.dtype), y)
+        return returned, slots.kept, slots.dropped
+
+
+def switch_layer(dtype: str, steps: int, experts: int) -> dict[str, object]:
+    """Seconds of a Switch layer (top-1, capacity factor 1.25), of its dense layer and of one-hot dispatch, in turns."""
+    one_hot = OneHotSwitch(Experts(experts, MLP_DIM, dtype=dtype), Router(), CapacityFactor(1.25, 1.25))
+    layers = {"sparse": switch(experts, 1.25, dtype), "dense": MlpBlock(MLP_DIM, dtype=dtype), "one_hot": one_hot}
+    compiled = {name: layer_gradient(layer, dtype) for name, layer in layers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    for turn in range(steps + 1):  # the first turn warms up
+        for name, (run, arguments) in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(*arguments))
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "experts": experts,
+        **{f"seconds_{name}": round(value, 4) for name, value in medians.items()},
+        "ratio": round(medians["sparse"] / medians["dense"], 3),
+        "ratio_one_hot": round(medians["one_hot"] / medians["dense"], 3),
+        "matmul_peak_gflops": round(matmul_peak(dtype) / 1e9, 1),
+    }
+
+
+def switch_flops(dtype: str, steps: int, experts: int) -> dict[str, object]:
+    """FLOPs that the compiler counts in a Switch layer at capacity factor 1, forward and backward; and by hand."""
+    compiled, _ = layer_gradient(switch(experts, 1.0, dtype, minimum=1), dtype)
+    slots = LAYER_BATCH * experts * math.ceil(LAYER_LENGTH / experts)
+    router = LAYER_BATCH * LAYER_LENGTH * EMBED_DIM * experts
+    arithmetic = 3 * 2 * (2 * slots * EMBED_DIM * MLP_DIM + router)
+    counted = compiled.cost_analysis()["flops"]
+    return {
+        "experts": experts,
+        "flops_counted": counted,
+        "flops_arithmetic": arithmetic,
+        "ratio": round(counted / arithmetic, 4),
+    }
+
+
+CASES: dict[str, Callable[..., dict[str, object]]] = {
+    "train_t5_small": functools.partial(train_t5, "small"),
+    "switch_layer": switch_layer,
+    "switch_flops": switch_flops,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,10 +161,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", choices=sorted(CASES), required=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default: 5)")
+    parser.add_argument("--experts", type=int, help="of the switch_ cases (default: 8)")
     arguments = parser.parse_args(argv)
-    if arguments.steps < 1:
-        parser.error("--steps must be at least 1")
-    result = CASES[arguments.case](arguments.dtype, arguments.steps)
+    if arguments.steps < 1 or (arguments.experts or 1) < 1:
+        parser.error("--steps and --experts must be at least 1")
+    if arguments.experts is not None and not arguments.case.startswith("switch_"):
+        parser.error(f"--experts means nothing to {arguments.case}")
+    options = {"experts": arguments.experts or 8} if arguments.case.startswith("switch_") else {}
+    result = CASES[arguments.case](arguments.dtype, arguments.steps, **options)
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     versions |= {"t5x_like": t5x_like.__version__, "python": sys.version.split()[0]}
     facts = {"case": arguments.case, "dtype": arguments.dtype, "device": jax.devices()[0].device_kind}

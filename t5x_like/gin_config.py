@@ -101,7 +101,8 @@ class LoadedConfig:
         for call in calls:
             for scope in _outer_scopes(call.reference.scope):
                 owner = Reference(scope, local[call.reference.name], False)
-                bound = {n: b.value for n, b in self.bindings.get((scope, call.reference.name), {}).items()}
+                here = self.bindings.get((scope, call.reference.name), {})
+                bound = {n: b.value for n, b in self.bound(call.reference).items() if b is here.get(n)}
                 defaults = _defaults(call.target) if call.reference.called and not scope else {}
                 for name, value in (defaults | bound).items():
                     key = owner.key if owner.name == _MACRO else f"{owner.key}.{name}"
@@ -128,8 +129,7 @@ def load(
 
     Args:
       command: the function that `run` will call; one that is given by its dotted name is imported after files are read.
-      files: later ones override earlier; looked for in `search_paths`, the current folder, and the configs of t5x_like
-        (`models/t5_1_1_small.gin`, with or without `configs/`).
+      files: later ones override earlier; looked for in `search_paths`, here, and in t5x_like's own `configs/`.
       bindings: `NAME=value` or `scope/module.function.parameter=value`, overriding files and naming modules as they do;
         a value that is no literal, macro or reference is a string.
       search_paths: folders for `files` and their includes.
@@ -360,9 +360,8 @@ def _check_all_used(config: LoadedConfig, roots: Sequence[Reference], overridden
     macros = {s: bound["value"].location for (s, name), bound in config.bindings.items() if name == _MACRO}
     spare = [name for name in macros if name in STANDARD_MACROS and not macros[name].startswith("--gin.")]
     spares = (Reference(name, _MACRO, True) for name in spare)
-    calls = _follow(config, [config.command, *roots, *overridden, *spares])
     used: dict[str, set[str]] = {_MACRO: set()}  # the scopes in which something is reached
-    for call in calls:
+    for call in _follow(config, [config.command, *roots, *overridden, *spares]):
         used.setdefault(call.reference.name, set()).update(_outer_scopes(call.reference.scope))
 
     for name, location in macros.items():

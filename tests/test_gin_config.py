@@ -832,3 +832,16 @@ def test_an_error_of_the_command_itself_is_left_as_it_is(monkeypatch: pytest.Mon
     broken = load([write("commands.train.model = None\n")])
     with pytest.raises(TypeError, match=r"^a bug in training$"):
         gin_config.run(broken)
+
+
+def test_the_operative_config_leaves_out_what_every_caller_overrides(tmp_path: Path) -> None:
+    """A binding that no scope uses may lead to what nothing else does: Switch-C has no dense feed-forward block."""
+    config = gin_config.load(
+        "t5x_like.commands.train.train", ["models/switch_c.gin", "runs/pretrain.gin"], ["MODEL_DIR=x"]
+    )
+    text = config.operative_config()
+    assert "encoder_sparse/t5.EncoderLayer.mlp = @moe.SparseMlp()" in text
+    assert "MlpBlock" not in text
+    again = tmp_path / "again.gin"
+    again.write_text(text)
+    assert gin_config.load("t5x_like.commands.train.train", [str(again)]).operative_config() == text

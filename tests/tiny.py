@@ -48,9 +48,18 @@ EVAL_EXAMPLES = 5
 """
 
 
-def train_tiny(folder: Path, *arguments: str) -> int:
-    """`t5x_like train` into `folder` with `TRAIN_CONFIG` and more arguments; the exit code."""
-    config = folder.with_name(f"{folder.name}.gin")
-    config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(TRAIN_CONFIG)
-    return cli.main(["train", f"--gin_file={config}", f"--gin.MODEL_DIR={folder}", *arguments])
+SWITCH_CONFIG = (
+    TRAIN_CONFIG.replace("t5_1_1_tiny", "switch_tiny")
+    .replace("NUM_ENCODER_LAYERS", "NUM_ENCODER_BLOCKS")
+    .replace("NUM_DECODER_LAYERS", "NUM_DECODER_BLOCKS")
+    + "NUM_EXPERTS = 4\n"
+)
+"""The same run of a Switch Transformer: one dense and one sparse layer on either side."""
+
+
+def train_tiny(folder: Path, *arguments: str, config: str = TRAIN_CONFIG) -> int:
+    """`t5x_like train` into `folder` with a config and more arguments; the exit code."""
+    file = folder.with_name(f"{folder.name}.gin")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(config)
+    return cli.main(["train", f"--gin_file={file}", f"--gin.MODEL_DIR={folder}", *arguments])

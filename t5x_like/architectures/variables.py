@@ -1,6 +1,6 @@
 """Between Linen's variables and what the rest of the library sees: plain trees of arrays, and trees of logical axes."""
 
-import re
+import operator
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -44,19 +44,31 @@ def named_axes(axes: PyTree) -> list[tuple[str, LogicalAxes]]:
     return [(parameter_name(path), names) for path, names in leaves]
 
 
-def router_reports(variables: Mapping[str, PyTree]) -> dict[str, RouterReport]:
+def router_reports(variables: Mapping[str, PyTree], params: Params) -> dict[str, RouterReport]:
     """What every sparse layer reported, by the layer's name: `encoder/layers_1`; nothing from a dense network.
 
-    Scanned layers report together; here each stands by itself, the r-th repetition as `layers_r`.
+    Scanned layers report together; here each stands by itself, under the name that it has in a loop.
+
+    Args:
+      variables: what a call of the network with a mutable `REPORTS` returned.
+      params: the network's parameters, which say how long a scanned pattern is.
     """
     reports: dict[str, RouterReport] = {}
-    is_report = lambda x: isinstance(x, RouterReport)  # noqa: E731
-    for path, report in jax.tree.leaves_with_path(variables.get(REPORTS, {}), is_leaf=is_report):
+    for path, report in jax.tree.leaves_with_path(variables.get(REPORTS, {}), is_leaf=_is_report):
         name = parameter_name(path).removesuffix("/mlp/report")
         if report.tokens.ndim == 0:
             reports[name] = report
             continue
+        stack, _, member = name.partition(
+            "/layers"
+        )  # `encoder/layers`, or `encoder/layers/layers_1` of a longer pattern
+        length, first = 1, 0
+        if member:
+            length, first = len(params[stack]["layers"]), int(member.removeprefix("/layers_"))
         for r in range(len(report.tokens)):
-            scanned = re.sub(r"/layers(?=/|$)", f"/layers_{r}", name)
-            reports[scanned] = jax.tree.map(lambda leaf, r=r: leaf[r], report)
+            reports[f"{stack}/layers_{r * length + first}"] = jax.tree.map(operator.itemgetter(r), report)
     return reports
+
+
+def _is_report(x: object) -> bool:
+    return isinstance(x, RouterReport)

@@ -1,11 +1,9 @@
-"""Hugging Face folders (`config.json`, `model.safetensors`) of T5, MT5 and UMT5, read and written without torch."""
+"""Hugging Face folders (`config.json`, `model.safetensors`) of T5 and its kin, read and written without torch."""
 
 import dataclasses
 import json
-import math
-import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,62 +16,28 @@ from safetensors.numpy import save_file
 from t5x_like.architectures.stack import LayerStack
 from t5x_like.architectures.t5 import T5, Decoder, DecoderLayer, Encoder, EncoderLayer
 from t5x_like.architectures.variables import named_leaves, parameter_name
+from t5x_like.checkpoints.huggingface_names import as_stored, fill, pieces, stored_shape, tensor_name
 from t5x_like.errors import UserError
 from t5x_like.layers.attention import MultiHeadAttention
 from t5x_like.layers.linear import Embedding, Linear, default_dtype
 from t5x_like.layers.mlp import MlpBlock
+from t5x_like.layers.moe import Experts, SparseMlp
 from t5x_like.layers.norms import RMSNorm
 from t5x_like.layers.positions import RelativePositionBias
+from t5x_like.layers.routing import FixedCapacity, Router, TopK
 from t5x_like.models.encoder_decoder import EncoderDecoderModel
 from t5x_like.typing import Params
 
-_MODULES = {
-    "token_embedder": "shared",
-    "encoder/relpos_bias": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
-    "encoder/layers_#/relpos_bias": "encoder.block.#.layer.0.SelfAttention.relative_attention_bias",
-    "encoder/layers_#/pre_attention_layer_norm": "encoder.block.#.layer.0.layer_norm",
-    "encoder/layers_#/attention/query": "encoder.block.#.layer.0.SelfAttention.q",
-    "encoder/layers_#/attention/key": "encoder.block.#.layer.0.SelfAttention.k",
-    "encoder/layers_#/attention/value": "encoder.block.#.layer.0.SelfAttention.v",
-    "encoder/layers_#/attention/out": "encoder.block.#.layer.0.SelfAttention.o",
-    "encoder/layers_#/pre_mlp_layer_norm": "encoder.block.#.layer.1.layer_norm",
-    "encoder/layers_#/mlp/wi": "encoder.block.#.layer.1.DenseReluDense.wi",
-    "encoder/layers_#/mlp/wi_0": "encoder.block.#.layer.1.DenseReluDense.wi_0",
-    "encoder/layers_#/mlp/wi_1": "encoder.block.#.layer.1.DenseReluDense.wi_1",
-    "encoder/layers_#/mlp/wo": "encoder.block.#.layer.1.DenseReluDense.wo",
-    "encoder/encoder_norm": "encoder.final_layer_norm",
-    "decoder/relpos_bias": "decoder.block.0.layer.0.SelfAttention.relative_attention_bias",
-    "decoder/layers_#/relpos_bias": "decoder.block.#.layer.0.SelfAttention.relative_attention_bias",
-    "decoder/layers_#/pre_self_attention_layer_norm": "decoder.block.#.layer.0.layer_norm",
-    "decoder/layers_#/self_attention/query": "decoder.block.#.layer.0.SelfAttention.q",
-    "decoder/layers_#/self_attention/key": "decoder.block.#.layer.0.SelfAttention.k",
-    "decoder/layers_#/self_attention/value": "decoder.block.#.layer.0.SelfAttention.v",
-    "decoder/layers_#/self_attention/out": "decoder.block.#.layer.0.SelfAttention.o",
-    "decoder/layers_#/pre_cross_attention_layer_norm": "decoder.block.#.layer.1.layer_norm",
-    "decoder/layers_#/encoder_decoder_attention/query": "decoder.block.#.layer.1.EncDecAttention.q",
-    "decoder/layers_#/encoder_decoder_attention/key": "decoder.block.#.layer.1.EncDecAttention.k",
-    "decoder/layers_#/encoder_decoder_attention/value": "decoder.block.#.layer.1.EncDecAttention.v",
-    "decoder/layers_#/encoder_decoder_attention/out": "decoder.block.#.layer.1.EncDecAttention.o",
-    "decoder/layers_#/pre_mlp_layer_norm": "decoder.block.#.layer.2.layer_norm",
-    "decoder/layers_#/mlp/wi": "decoder.block.#.layer.2.DenseReluDense.wi",
-    "decoder/layers_#/mlp/wi_0": "decoder.block.#.layer.2.DenseReluDense.wi_0",
-    "decoder/layers_#/mlp/wi_1": "decoder.block.#.layer.2.DenseReluDense.wi_1",
-    "decoder/layers_#/mlp/wo": "decoder.block.#.layer.2.DenseReluDense.wo",
-    "decoder/decoder_norm": "decoder.final_layer_norm",
-    "decoder/logits_dense": "lm_head",
-}
-"""Our modules, one parameter each, and theirs."""
-
 _EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
-_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of the embedding, in old folders
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of the embedding, in old and untied folders
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # likewise; transformers drops it
 
-_TRANSPOSED = ("kernel", "rel_embedding")
-
+_SWITCH = "switch_transformers"
 _CLASSES = {
     "t5": "T5ForConditionalGeneration",
     "mt5": "MT5ForConditionalGeneration",
     "umt5": "UMT5ForConditionalGeneration",
+    _SWITCH: "SwitchTransformersForConditionalGeneration",
 }
 _ACTIVATIONS = {
     "relu": ("relu",),
@@ -84,10 +48,13 @@ _ACTIVATIONS = {
     "gated-gelu": ("gelu", "linear"),  # the tanh form, though "gelu" alone is the exact one
     "gated-silu": ("silu", "linear"),
 }
+_SWITCH_ACTIVATIONS = {name: parts for name, parts in _ACTIVATIONS.items() if len(parts) == 1}
+_SWITCH_NAMES = {"feed_forward_proj": "dense_act_fn", "scale_decoder_outputs": "tie_word_embeddings"}
+"""Fields of `_Config` that Switch Transformers call otherwise. Which embeddings are tied, their tensors say."""
 
 
 class Loaded(NamedTuple):
-    """A model, its parameters, and Hugging Face's name of its kind (`t5`, `mt5` or `umt5`), which `save` takes too."""
+    """A model, its parameters, and Hugging Face's name of its kind (`t5`, ...), which `save` takes too."""
 
     model: EncoderDecoderModel
     params: Params
@@ -95,7 +62,11 @@ class Loaded(NamedTuple):
 
 
 def load(folder: str | Path, dtype: str | None = None) -> Loaded:
-    """Reads a folder that `save_pretrained` wrote, whole or in shards: T5 1.0, 1.1, FLAN, ByT5, mT5 and UMT5.
+    """Reads a folder that `save_pretrained` wrote, whole or in shards: T5 1.0, 1.1, FLAN, ByT5, mT5, UMT5, Switch.
+
+    Switch Transformers compute what transformers 5 does for every real token. Padding in front of tokens or between
+    them takes an expert's capacity over there, and never here (Hugging Face leaves `router_ignore_padding_tokens`
+    unused). Older releases gave dropped tokens their own input, gated, where newer ones and we give zeros.
 
     Args:
       folder: has `config.json`, and `model.safetensors` or `model.safetensors.index.json`.
@@ -113,7 +84,7 @@ def load(folder: str | Path, dtype: str | None = None) -> Loaded:
     config = dataclasses.replace(config, tie_word_embeddings=_HEAD not in tensors)
     network = config.network(dtype or default_dtype())
     model = EncoderDecoderModel(network, eos_id=config.eos_token_id, start_id=config.decoder_start_token_id)
-    return Loaded(model, _parameters(model, tensors, folder), config.model_type)
+    return Loaded(model, _parameters(model, config.model_type, tensors, folder), config.model_type)
 
 
 def save(folder: str | Path, model: EncoderDecoderModel, params: Params, model_type: str | None = None) -> None:
@@ -125,20 +96,30 @@ def save(folder: str | Path, model: EncoderDecoderModel, params: Params, model_t
     Args:
       folder: made if need be.
       model: a network that Hugging Face has too; scanned layers are written one by one, and one dropout rate for all.
+        Sparse layers need a `FixedCapacity`.
       params: its parameters.
-      model_type: `t5`, `mt5` or `umt5`; None is `umt5` where layers own their bias tables and `t5` elsewhere.
+      model_type: `t5`, `mt5`, `umt5` or `switch_transformers`; None is the last where layers are sparse, `umt5` where
+        they own their bias tables, and `t5` elsewhere.
 
     Raises:
       UserError: Hugging Face's `model_type` is not this network; the message says where they differ.
     """
     folder = Path(folder)
     config = _Config.of(model, model_type)
-    arrays = {_tensor_name(name): _as_stored(name, array) for name, array in _unscanned(params)}
-    entries = dataclasses.asdict(config) | {
+    network = model.network
+    assert isinstance(network, T5)  # as `of` has seen
+    arrays: dict[str, np.ndarray] = {}
+    for name, leaf in named_leaves(params):
+        half = network.encoder if name.startswith("encoder/") else network.decoder
+        for piece, array in pieces(name, np.asarray(leaf), len(half.stack.pattern)):
+            arrays[tensor_name(piece, config.model_type)] = as_stored(piece, array)
+    entries = config.entries() | {
         "architectures": [_CLASSES[config.model_type]],
         "is_encoder_decoder": True,
         "dtype": arrays[_EMBEDDING].dtype.name,
     }
+    if config.model_type == _SWITCH and not entries["tie_word_embeddings"]:  # all of these are then apart
+        arrays = dict.fromkeys((*_COPIES, _HEAD), arrays[_EMBEDDING]) | arrays
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
@@ -149,7 +130,7 @@ def save(folder: str | Path, model: EncoderDecoderModel, params: Params, model_t
 
 @dataclasses.dataclass(frozen=True)
 class _Config:
-    """What makes a network, under the names of `config.json`."""
+    """What makes a network, under T5's names in `config.json`. Fields with defaults are Switch Transformers' alone."""
 
     model_type: str
     vocab_size: int
@@ -169,35 +150,77 @@ class _Config:
     pad_token_id: int
     eos_token_id: int
     decoder_start_token_id: int
+    encoder_sparse_step: int = 0
+    decoder_sparse_step: int = 0
+    num_experts: int = 8
+    expert_capacity: int = 64
+    router_jitter_noise: float | int = 0.01
+    router_aux_loss_coef: float | int = 0.001
+    router_z_loss_coef: float | int = 0.001
+    router_bias: bool = False
+    router_dtype: str = "float32"
+
+    @classmethod
+    def names(cls, model_type: object) -> dict[str, str]:
+        """The fields that `config.json` of a kind of model has, and what they are called there."""
+        fields = dataclasses.fields(cls)
+        if model_type != _SWITCH:
+            return {field.name: field.name for field in fields if field.default is dataclasses.MISSING}
+        return {f.name: _SWITCH_NAMES.get(f.name, f.name) for f in fields if f.name != "tie_word_embeddings"}
 
     @classmethod
     def read(cls, path: Path) -> "_Config":
         """Reads `config.json`, old ones with their defaults."""
         entries = {name: value for name, value in _read_json(path).items() if value is not None}
         model_type = entries.get("model_type")
-        defaults = {
+        values = {
             "num_decoder_layers": entries.get("num_layers"),
-            "feed_forward_proj": "relu" if model_type == "t5" else "gated-gelu",
+            "feed_forward_proj": "gated-gelu" if model_type in ("mt5", "umt5") else "relu",
             "relative_attention_num_buckets": 32,
             "relative_attention_max_distance": 128,
             "layer_norm_epsilon": 1e-6,
             "dropout_rate": 0.1,
             "tie_word_embeddings": True,
-            # Before transformers 5, tied meant scaled; since then, the file says of every model that it is tied.
+            # Before transformers 5, tied meant scaled; since then, the file says of every T5 that it is tied.
             "scale_decoder_outputs": entries.get("tie_word_embeddings", True),
             "pad_token_id": 0,
             "eos_token_id": 1,
             "decoder_start_token_id": entries.get("pad_token_id", 0),
         }
-        entries = defaults | entries
-        for name, kind in typing.get_type_hints(cls).items():
-            if not isinstance(entries.get(name), kind):
-                found = f"is {entries[name]!r}" if name in entries else "is missing"
-                raise UserError(f"{path}: {name} {found}; it must be one {getattr(kind, '__name__', 'number')}")
-        for name, known in (("model_type", _CLASSES), ("feed_forward_proj", _ACTIVATIONS)):
-            if entries[name] not in known:
-                raise UserError(f"{path}: {name} is {entries[name]!r}; those known here are {', '.join(known)}")
-        return cls(**{field.name: entries[field.name] for field in dataclasses.fields(cls)})
+        if model_type == _SWITCH:
+            encoder, decoder = entries.get("num_layers"), entries.get("num_decoder_layers", entries.get("num_layers"))
+            values["encoder_sparse_step"] = _sparse_step(encoder, entries.get("num_sparse_encoder_layers", 3))
+            values["decoder_sparse_step"] = _sparse_step(decoder, entries.get("num_sparse_decoder_layers", 3))
+        names, kinds = cls.names(model_type), typing.get_type_hints(cls)
+        values |= {ours: entries[theirs] for ours, theirs in names.items() if theirs in entries}
+        for ours, theirs in names.items():
+            value, kind = values.get(ours, getattr(cls, ours, None)), kinds[ours]
+            if not isinstance(value, kind):
+                found = "is missing" if value is None else f"is {value!r}"
+                raise UserError(f"{path}: {theirs} {found}; it must be one {getattr(kind, '__name__', 'number')}")
+        known: dict[str, Iterable[object]] = {
+            "model_type": _CLASSES,
+            "feed_forward_proj": _SWITCH_ACTIVATIONS if model_type == _SWITCH else _ACTIVATIONS,
+            "router_bias": (False,),
+            "router_dtype": ("float32",),
+        }
+        for ours, choices in known.items():
+            if ours in values and values[ours] not in choices:
+                listed = ", ".join(map(str, choices))
+                raise UserError(f"{path}: {names[ours]} is {values[ours]!r}; those known here are {listed}")
+        for name in ("num_layers", "num_decoder_layers", "num_experts", "expert_capacity"):
+            if values.get(name, 1) < 1:
+                raise UserError(f"{path}: {name} is {values[name]}; it must be 1 or more")
+        return cls(**values)
+
+    def entries(self) -> dict[str, object]:
+        """What `config.json` says of it: the inverse of `read`."""
+        entries = {theirs: getattr(self, ours) for ours, theirs in self.names(self.model_type).items()}
+        if self.model_type != _SWITCH:
+            return entries
+        encoder = _are_sparse(self.num_layers, self.encoder_sparse_step)
+        decoder = _are_sparse(self.num_decoder_layers, self.decoder_sparse_step)
+        return entries | {"num_sparse_encoder_layers": sum(encoder), "num_sparse_decoder_layers": sum(decoder)}
 
     @classmethod
     def of(cls, model: EncoderDecoderModel, model_type: str | None) -> "_Config":
@@ -211,16 +234,20 @@ class _Config:
         try:
             layer = encoder.stack.pattern[0]
             bias = layer.relpos_bias or encoder.relpos_bias
+            mlp = layer.mlp.expert if isinstance(layer.mlp, SparseMlp) else layer.mlp
+            sparse = _sparse_fields(encoder.stack, decoder.stack) if model_type in (None, _SWITCH) else {}
+            model_type = model_type or (_SWITCH if sparse else "umt5" if layer.relpos_bias else "t5")
+            activations = _SWITCH_ACTIVATIONS if model_type == _SWITCH else _ACTIVATIONS
             config = cls(
-                model_type=model_type or ("umt5" if layer.relpos_bias else "t5"),
+                model_type=model_type,
                 vocab_size=embedder.vocab_size,
                 d_model=embedder.embed_dim,
                 d_kv=layer.attention.head_dim,
-                d_ff=layer.mlp.mlp_dim,
-                num_layers=encoder.stack.repeats,
-                num_decoder_layers=decoder.stack.repeats,
+                d_ff=mlp.mlp_dim,
+                num_layers=encoder.stack.repeats * len(encoder.stack.pattern),
+                num_decoder_layers=decoder.stack.repeats * len(decoder.stack.pattern),
                 num_heads=layer.attention.num_heads,
-                feed_forward_proj={value: key for key, value in _ACTIVATIONS.items()}[layer.mlp.activations],
+                feed_forward_proj={value: key for key, value in activations.items()}[mlp.activations],
                 relative_attention_num_buckets=bias.num_buckets,
                 relative_attention_max_distance=bias.max_distance,
                 layer_norm_epsilon=encoder.norm.epsilon,
@@ -230,30 +257,34 @@ class _Config:
                 pad_token_id=network.pad_id,
                 eos_token_id=model.eos_id,
                 decoder_start_token_id=model.start_id,
+                **sparse,
             )
         except (AttributeError, KeyError) as error:
-            raise UserError(f"save: Hugging Face's T5 cannot be this network: {error}") from error
+            raise UserError(f"save: Hugging Face's {model_type or 'T5'} cannot be this network: {error}") from error
         theirs = dict(_settings(config.network(embedder.dtype)))
         for name, value in _settings(network):
             if value != theirs.get(name):
-                raise UserError(
-                    f"save: {name} is {value}, but {theirs.get(name)} in Hugging Face's {config.model_type}"
-                )
+                raise UserError(f"save: {name} is {value}, but {theirs.get(name)} in Hugging Face's {model_type}")
         return config
 
     def network(self, dtype: str) -> T5:
         """The network, its layers in a loop."""
         rate, norm = float(self.dropout_rate), RMSNorm(float(self.layer_norm_epsilon))
         attention = MultiHeadAttention(self.num_heads, self.d_kv, rate, dtype)
-        mlp = MlpBlock(self.d_ff, _ACTIVATIONS[self.feed_forward_proj], rate, dtype)
+        activations = _ACTIVATIONS[self.feed_forward_proj]
+        mlp = MlpBlock(self.d_ff, activations, rate, dtype)
+        experts = Experts(self.num_experts, self.d_ff, activations, rate, dtype=dtype)
+        losses = float(self.router_aux_loss_coef), float(self.router_z_loss_coef)
+        router = Router(TopK(), float(self.router_jitter_noise), *losses)
+        sparse = SparseMlp(experts, router, FixedCapacity(self.expert_capacity))
         buckets = self.relative_attention_num_buckets, self.relative_attention_max_distance
         encoder_bias = RelativePositionBias(self.num_heads, *buckets, bidirectional=True)
         decoder_bias = RelativePositionBias(self.num_heads, *buckets, bidirectional=False)
         shared = self.model_type != "umt5"
         encoder_layer = EncoderLayer(attention, mlp, rate, norm, None if shared else encoder_bias)
         decoder_layer = DecoderLayer(attention, attention, mlp, rate, norm, None if shared else decoder_bias)
-        encoder_stack = LayerStack((encoder_layer,), self.num_layers)
-        decoder_stack = LayerStack((decoder_layer,), self.num_decoder_layers)
+        encoder_stack = _stack(encoder_layer, sparse, _are_sparse(self.num_layers, self.encoder_sparse_step))
+        decoder_stack = _stack(decoder_layer, sparse, _are_sparse(self.num_decoder_layers, self.decoder_sparse_step))
         head = None if self.tie_word_embeddings else Linear((self.vocab_size,), ("embed", "vocab"))
         return T5(
             Embedding(self.vocab_size, self.d_model, dtype),
@@ -264,13 +295,61 @@ class _Config:
         )
 
 
+def _sparse_step(layers: object, sparse: object) -> int | None:
+    """How transformers gets from numbers of layers to a step that the file does not name."""
+    if not isinstance(layers, int) or not isinstance(sparse, int):
+        return None
+    return layers // sparse if sparse > 0 else layers  # which makes a sparse layer where none was asked for
+
+
+def _are_sparse(layers: int, step: int) -> list[bool]:
+    """Which layers are sparse: in every `step` of them, the second."""
+    return [step == 1 or (step > 1 and i % step == 1) for i in range(layers)]
+
+
+def _stack(layer: EncoderLayer | DecoderLayer, sparse: SparseMlp, are_sparse: list[bool]) -> LayerStack:
+    """Layers like `layer`, some of them with a sparse MLP, as repetitions of the shortest pattern."""
+    count = len(are_sparse)
+    period = next(n for n in range(1, count + 1) if count % n == 0 and are_sparse == are_sparse[:n] * (count // n))
+    pattern = tuple(layer.clone(mlp=sparse) if each else layer for each in are_sparse[:period])
+    return LayerStack(pattern, count // period)
+
+
+def _sparse_fields(encoder: LayerStack, decoder: LayerStack) -> dict[str, typing.Any]:
+    """The fields of `_Config` that the sparse layers of a network fill; none, if it has none."""
+
+    def step(stack: LayerStack) -> int:
+        found = [isinstance(layer.mlp, SparseMlp) for layer in stack.pattern] * stack.repeats
+        return next((n for n in range(len(found) + 1) if _are_sparse(len(found), n) == found), 0)
+
+    mlps = [layer.mlp for stack in (encoder, decoder) for layer in stack.pattern]
+    sparse = next((mlp for mlp in mlps if isinstance(mlp, SparseMlp)), None)
+    if sparse is None:
+        return {}
+    if not isinstance(sparse.capacity, FixedCapacity):
+        raise UserError(
+            f"save: SparseMlp.capacity is {sparse.capacity}, but Hugging Face's is one number for sequences of any "
+            "length; build the model with FixedCapacity(slots), the longest length if no token is to be dropped"
+        )
+    return {
+        "encoder_sparse_step": step(encoder),
+        "decoder_sparse_step": step(decoder),
+        "num_experts": sparse.expert.num_experts,
+        "expert_capacity": sparse.capacity.slots,
+        "router_jitter_noise": sparse.router.jitter_noise,
+        "router_aux_loss_coef": sparse.router.balance_loss,
+        "router_z_loss_coef": sparse.router.z_loss,
+    }
+
+
 def _settings(module: object, name: str = "network") -> Iterator[tuple[str, object]]:
     """Everything that decides what a network computes, by name; not how it starts, trains and runs."""
-    elsewhere = ("parent", "name", "dtype", "scan", "remat", "dropout_rate", "kernel_init", "init_stddev")
+    running = ("parent", "name", "dtype", "scan", "remat")
+    training = ("dropout_rate", "kernel_init", "init_stddev", "init_scale", "jitter_noise", "balance_loss", "z_loss")
     if dataclasses.is_dataclass(module):
         yield name, type(module).__name__
         for field in dataclasses.fields(module):
-            if field.name not in elsewhere:
+            if field.name not in running + training:
                 yield from _settings(getattr(module, field.name), f"{name}.{field.name}")
     elif isinstance(module, tuple):
         for i, part in enumerate(module):
@@ -309,13 +388,16 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _parameters(model: EncoderDecoderModel, tensors: dict[str, np.ndarray], folder: Path) -> Params:
+def _parameters(model: EncoderDecoderModel, model_type: str, tensors: dict[str, np.ndarray], folder: Path) -> Params:
     """The parameters; empties `tensors`, so that no large model is held twice."""
     token = np.zeros((1, 1), np.int32)
     batch = {"encoder_input_tokens": token, "decoder_input_tokens": token}
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), batch))
-    named: dict[str, jax.ShapeDtypeStruct] = dict(named_leaves(shapes))
-    expected = {_tensor_name(name): _stored_shape(name, leaf.shape) for name, leaf in named.items()}
+    expected = {
+        tensor_name(piece, model_type): stored_shape(piece, array.shape)
+        for name, leaf in named_leaves(shapes)
+        for piece, array in pieces(name, np.broadcast_to(np.float32(0), leaf.shape))
+    }
     wrong = [f"{name} {shape} is missing" for name, shape in expected.items() if name not in tensors]
     for name, tensor in tensors.items():
         if name not in expected:
@@ -329,45 +411,12 @@ def _parameters(model: EncoderDecoderModel, tensors: dict[str, np.ndarray], fold
         )
 
     def take(path: tuple[jax.tree_util.KeyEntry, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        name = parameter_name(path)
-        tensor = tensors.pop(_tensor_name(name))
-        return jnp.array((tensor.T if name.endswith(_TRANSPOSED) else tensor).reshape(leaf.shape), jnp.float32)
+        parameter = np.empty(leaf.shape, np.float32)
+        for piece, array in pieces(parameter_name(path), parameter):
+            fill(piece, array, tensors.pop(tensor_name(piece, model_type)))
+        return jnp.asarray(parameter)
 
     return jax.tree.map_with_path(take, shapes)
-
-
-def _unscanned(params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """Parameters by name, those of scanned layers one by one (see `LayerStack`)."""
-    named: dict[str, jax.Array] = dict(named_leaves(params))
-    for name, leaf in named.items():
-        array = np.asarray(leaf)
-        if "/layers/" not in name:
-            yield name, array
-        else:
-            yield from ((name.replace("/layers/", f"/layers_{i}/"), array[:, i]) for i in range(array.shape[1]))
-
-
-def _tensor_name(name: str) -> str:
-    """`encoder/layers_3/mlp/wo/kernel` -> `encoder.block.3.layer.1.DenseReluDense.wo.weight`."""
-    module, number = name.rpartition("/")[0], re.search(r"/layers_(\d+)/", name)
-    if number is None:
-        return f"{_MODULES[module]}.weight"
-    module = module.replace(f"layers_{number[1]}", "layers_#")
-    return f"{_MODULES[module].replace('#', number[1])}.weight"
-
-
-def _stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A parameter's shape over there, where matrices are `[out, in]` and bias tables `[buckets, heads]`."""
-    if not name.endswith(_TRANSPOSED):
-        return shape
-    inputs = 2 if name.endswith("/out/kernel") else 1
-    return math.prod(shape[inputs:]), math.prod(shape[:inputs])
-
-
-def _as_stored(name: str, array: np.ndarray) -> np.ndarray:
-    shape = _stored_shape(name, array.shape)
-    stored = array.reshape(shape[::-1]).T if name.endswith(_TRANSPOSED) else array
-    return np.ascontiguousarray(stored)  # save_file writes memory as it lies
 
 
 def _read_json(path: Path) -> dict[str, typing.Any]:

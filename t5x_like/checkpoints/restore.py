@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -47,34 +49,68 @@ class RestoreFrom:
         wanted = {name: self._their_name(name) for name in leaves if re.fullmatch(self.include, name)}
         if not wanted:
             raise UserError(f"RestoreFrom.include {self.include!r} matches no parameter, such as {next(iter(leaves))}")
-        with Checkpoints(Path(self.path) / "checkpoints") as checkpoints:
-            steps = checkpoints.steps()
-            step = self.step if self.step is not None else max(steps, default=None)
-            if step not in steps:
-                raise UserError(f"RestoreFrom: {self.path} has no checkpoint of step {step}; it has {steps or 'none'}")
-            theirs = checkpoints.parameter_shapes(step)
-            wrong = [
-                f"{name}: {leaves[name].shape}, over there {theirs.get(their_name, 'nothing')} as {their_name}"
-                for name, their_name in wanted.items()
-                if theirs.get(their_name) != leaves[name].shape
-            ]
-            if wrong:
-                raise UserError(
-                    f"RestoreFrom: {self.path} does not fit; use include and renames:\n  " + "\n  ".join(wrong[:10])
-                )
-            like = {
-                theirs: jax.ShapeDtypeStruct(leaves[name].shape, leaves[name].dtype, sharding=leaves[name].sharding)
-                for name, theirs in wanted.items()
-            }
-            restored = checkpoints.restore_params(step, like)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: restored.get(wanted.get(parameter_name(path), ""), leaf), params
-        )
+        like = {theirs: abstract_like(leaves[name]) for name, theirs in wanted.items()}
+        restored = read_parameters("RestoreFrom", self.path, self.step, lambda theirs: like)
+        return replace_leaves(params, {name: restored[theirs] for name, theirs in wanted.items()})
 
     def _their_name(self, name: str) -> str:
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name
+
+
+@runtime_checkable
+class Restore(Protocol):
+    """Where a run's first parameters come from, instead of from chance alone."""
+
+    def __call__(self, params: Params) -> Params:
+        """Freshly initialised parameters with some or all of them replaced, on the same devices."""
+        ...
+
+
+def read_parameters(
+    owner: str,
+    path: str | Path,
+    step: int | None,
+    like: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, jax.ShapeDtypeStruct]],
+) -> dict[str, jax.Array]:
+    """Parameters of a run's checkpoint by name.
+
+    Args:
+      owner: what messages call the object that asks.
+      path: the run's `MODEL_DIR`.
+      step: which checkpoint; None takes the newest.
+      like: from the shapes that the checkpoint holds to what is wanted of them: shapes, dtypes and shardings by name.
+
+    Raises:
+      UserError: there is no such checkpoint, or it does not hold what is wanted.
+    """
+    with Checkpoints(Path(path) / "checkpoints") as checkpoints:
+        steps = checkpoints.steps()
+        step = step if step is not None else max(steps, default=None)
+        if step not in steps:
+            raise UserError(f"{owner}: {path} has no checkpoint of step {step}; it has {steps or 'none'}")
+        theirs = checkpoints.parameter_shapes(step)
+        wanted = like(theirs)
+        wrong = [
+            f"{name}: {leaf.shape} is wanted, over there is {theirs.get(name, 'nothing')}"
+            for name, leaf in wanted.items()
+            if theirs.get(name) != leaf.shape
+        ]
+        if wrong:
+            hint = "; use include and renames" if owner == "RestoreFrom" else ""
+            raise UserError(f"{owner}: {path} does not fit{hint}:\n  " + "\n  ".join(wrong[:10]))
+        return checkpoints.restore_params(step, wanted)
+
+
+def abstract_like(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of an array."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def replace_leaves(params: Params, leaves: Mapping[str, jax.Array]) -> Params:
+    """`params` with the leaves that are named replaced."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(parameter_name(path), leaf), params)
 
 
 def restore_parameters(

@@ -8,7 +8,7 @@ import jax
 
 from t5x_like import gin_config
 from t5x_like.checkpoints.manager import CheckpointPolicy, Checkpoints
-from t5x_like.checkpoints.restore import RestoreFrom
+from t5x_like.checkpoints.restore import Restore
 from t5x_like.commands import dry_run as dry
 from t5x_like.commands import run_folder
 from t5x_like.data.loader import DatasetConfig, TrainLoader
@@ -38,7 +38,7 @@ def train(
     eval_period: int = 1000,
     checkpoints: CheckpointPolicy = CheckpointPolicy(),
     partitioner: Partitioner | None = None,
-    restore: RestoreFrom | None = None,
+    restore: Restore | None = None,
     early_stopping: EarlyStopping | None = None,
     wandb_project: str | None = None,
     dry_run: bool = False,
@@ -54,7 +54,7 @@ def train(
       eval_period: steps.
       checkpoints: when to save and what to keep.
       partitioner: the mesh and its rules; None uses all devices, data parallel.
-      restore: another run's parameters to start from.
+      restore: another run's parameters to start from: `RestoreFrom`, or one of `checkpoints.experts`.
       early_stopping: ends the run when evaluation no longer gets better.
       wandb_project: also report to this Weights & Biases project (extra `wandb`).
       dry_run: print what would be trained, and train nothing.
@@ -111,7 +111,7 @@ def train(
 
 
 def _first_state(
-    model: Model, trainer: Trainer, batch: Batch, partitioner: Partitioner, restore: RestoreFrom | None
+    model: Model, trainer: Trainer, batch: Batch, partitioner: Partitioner, restore: Restore | None
 ) -> TrainState:
     state = train_state.create_sharded(model, trainer.optimizer, batch, trainer.seed, partitioner)
     return state if restore is None else state._replace(params=restore(state.params))

@@ -53,7 +53,7 @@ class Linear(nn.Module):
     """
 
     features: tuple[int, ...]
-    kernel_axes: tuple[str, ...]
+    kernel_axes: tuple[str | None, ...]
     contract: int = 1
     kernel_init: Initializer | None = None
     dtype: str = "float32"

@@ -84,7 +84,9 @@ class Experts(nn.Module):
         for i, activation in enumerate(self.activations):
             name = "wi" if len(self.activations) == 1 else f"wi_{i}"
             branches.append(ACTIVATIONS[activation](product(x, self._kernel(name, x.shape[-1], self.mlp_dim))))
-        hidden = Dropout(self.dropout_rate)(functools.reduce(operator.mul, branches))
+        # One mask for the slots of an expert in a group, as `MlpBlock` has for a sequence; sorted tokens have none.
+        dropout = Dropout(self.dropout_rate, broadcast_dims=(-2,) if x.ndim == 4 else ())
+        hidden = dropout(functools.reduce(operator.mul, branches))
         return product(constrain(hidden, *hidden_axes), self._kernel("wo", self.mlp_dim, x.shape[-1]))
 
     def _kernel(self, name: str, inputs: int, outputs: int) -> Array:
@@ -109,8 +111,8 @@ class _Kernel(nn.Module):
 class SparseMlp(nn.Module):
     """A router and its experts: takes the place of an `MlpBlock` (Fedus et al. 2021, figure 2).
 
-    Tokens are routed within groups of whole sequences. A dropped token's output is zero: the residual carries it on. Over
-    an `expert` mesh axis, two all-to-alls take tokens to their experts and back.
+    Tokens are routed within groups of whole sequences. A dropped token's output is zero: the residual carries it on.
+    Over an `expert` mesh axis, two all-to-alls take tokens to their experts and back.
 
     Attributes:
       expert: the experts (T5X's parameter name).
@@ -162,11 +164,15 @@ class SparseMlp(nn.Module):
         """Sequences in a group. A cached step has one token each: every row by itself, so that none is ever dropped."""
         if self.group_size is None or length == 1:
             return 1
-        rows = next(n for n in range(max(min(self.group_size // length, batch), 1), 0, -1) if batch % n == 0)
-        if batch // rows % ways("group"):
+        wanted, shards = max(self.group_size // length, 1), ways("group")
+        rows = max(n for n in range(1, min(wanted, batch) + 1) if batch % n == 0)
+        if batch // rows % shards:
+            local = batch // shards
+            fits = max((n for n in range(1, min(wanted, local) + 1) if local % n == 0), default=0)
+            fix = f"set it to {fits * length}" if batch % shards == 0 else f"make the batch a multiple of {shards}"
             raise UserError(
-                f"SparseMlp.group_size {self.group_size} makes {batch // rows} groups of {rows} sequences, which the mesh "
-                f"splits {ways('group')} ways; set it to {max(batch // ways('group'), 1) * length} or less"
+                f"SparseMlp.group_size {self.group_size} makes {batch // rows} groups of {rows} sequences, which the "
+                f"mesh splits {shards} ways; {fix}"
             )
         return rows
 
@@ -197,7 +203,10 @@ class SparseMlp(nn.Module):
         size = tokens.shape[1]
         real = choices.real.reshape(shards, size)
         order, starts = TokenChoices(experts, gates, None, real).sorted(num_experts)
-        place = jnp.argsort(order, axis=1)
+        # What is not sent stands behind the last expert's tokens, where products may leave anything: it is not read.
+        sent = jnp.arange(order.shape[1])[None] < starts[:, -1:]
+        token = jnp.where(sent, order % size, size)
+        place = jnp.where(experts < num_experts, jnp.argsort(order, axis=1).reshape(experts.shape), order.shape[1])
         sizes = jnp.diff(starts, axis=1)
         axes = ("group", None, None)
 
@@ -207,8 +216,8 @@ class SparseMlp(nn.Module):
 
             return per_shard(ragged, (axes, (None, None, None), axes[:2]), axes)(rows, kernel, sizes)
 
-        y = self.expert(take_rows(tokens, order % size, place.reshape(experts.shape)), product, axes)
-        y = jnp.where((jnp.arange(y.shape[1])[None] < starts[:, -1:])[..., None], y, 0)  # rows behind the last expert's
-        rows = take_rows(y, place, order[:, None]).reshape(*experts.shape, -1)
+        y = self.expert(take_rows(tokens, token, place), product, axes)
+        rows = take_rows(y, place.reshape(shards, -1), jnp.where(sent, order, order.shape[1])[:, None])
+        rows = rows.reshape(*experts.shape, -1)
         gated = (rows * gates[..., None].astype(rows.dtype)).sum(axis=1)
         return gated.reshape(x.shape), sizes, jnp.zeros(shards, jnp.int32)

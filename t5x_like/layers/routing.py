@@ -1,4 +1,4 @@
-"""Which expert computes which token. G groups, S tokens in a group, E experts, C capacity (slots of an expert), K choices.
+"""Which expert computes which token. G groups, S tokens in each, E experts, C capacity (slots of an expert), K choices.
 
 A router scores tokens in float32 and chooses; what it chose becomes `Slots`, a permutation of tokens into the experts'
 slots and back. Nothing here multiplies by a one-hot matrix: tokens move by index.
@@ -44,7 +44,7 @@ class Capacity(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class CapacityFactor:
-    """Slots for `factor` times as many tokens as an expert gets from perfectly balanced routing (Fedus et al. 2021, eq. 3).
+    """Slots for `factor` times the tokens that an expert gets from balanced routing (Fedus et al. 2021, eq. 3).
 
     Attributes:
       train: factor in training.
@@ -216,7 +216,7 @@ class TokenChoices(NamedTuple):
     real: Bool[Array, "G S"]
 
     def slots(self, num_experts: int, capacity: int) -> TokenSlots:
-        """Fills slots: all first choices, then all second ones, until an expert is full; what comes later is dropped."""
+        """Fills slots: all first choices, then all second ones, until an expert is full; the rest is dropped."""
         groups, choices, size = self.experts.shape
         experts = self.experts.reshape(groups, -1)
         order, starts = self.sorted(num_experts)
@@ -230,7 +230,7 @@ class TokenChoices(NamedTuple):
         return TokenSlots(self.gates, slot.reshape(groups, choices, size), choice, self.real)
 
     def sorted(self, num_experts: int) -> tuple[Int[Array, "G KS"], Int[Array, "G _"]]:
-        """The choices in order of expert and precedence, and where each expert's begin (with the end of the last one)."""
+        """The choices in order of expert and precedence; where each expert's begin, and the last one's end."""
         groups, choices, size = self.experts.shape
         experts = self.experts.reshape(groups, -1)
         keys = [experts]
@@ -301,13 +301,13 @@ class TopK:
         if not 1 <= self.choices <= num_experts:
             raise UserError(f"TopK.choices is {self.choices}; with {num_experts} experts it must be 1 to {num_experts}")
         gates, experts = top_k(probabilities, self.choices)
+        priority = gates[:, 0] if self.prioritize else None
         if self.normalize:
             gates /= gates.sum(axis=1, keepdims=True).clip(1e-9)
         sent = jnp.broadcast_to(real[:, None], experts.shape)
         if self.second_threshold is not None and key is not None:
             chance = (gates / self.second_threshold).at[:, 0].set(1.0)
             sent &= jax.random.uniform(key, gates.shape) < chance
-        priority = gates[:, 0] if self.prioritize else None
         return TokenChoices(jnp.where(sent, experts, num_experts), gates, priority, real)
 
 
@@ -382,7 +382,7 @@ class Router(nn.Module):
     Attributes:
       choose: from probabilities to choices.
       jitter_noise: in training, inputs are multiplied by uniform noise in 1 +- this.
-      balance_loss: weight of the load-balancing loss (Fedus et al. 2021, eq. 4); its f counts first choices, dropped or not.
+      balance_loss: weight of the load-balancing loss (Fedus et al. 2021, eq. 4); f counts dropped tokens too.
       z_loss: weight of the router z-loss (Zoph et al. 2022, eq. 5).
       init_scale: of the truncated normal that weights are drawn from: its variance is this over embed_dim.
     """

@@ -65,9 +65,11 @@ class EncoderDecoderModel:
 
     def logits(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> Float[Array, "batch length vocab"]:
         """Float32 logits of every next token, given the true ones before it."""
-        return self._forward(params, batch, key)[0]
+        return self.forward(params, batch, key)[0]
 
-    def _forward(self, params: Params, batch: Batch, key: PRNGKey | None) -> tuple[Array, dict[str, RouterReport]]:
+    def forward(
+        self, params: Params, batch: Batch, key: PRNGKey | None = None
+    ) -> tuple[Float[Array, "batch length vocab"], dict[str, RouterReport]]:
         """Logits, and what sparse layers report."""
         logits, variables = self.network.apply(
             {"params": params},
@@ -78,11 +80,16 @@ class EncoderDecoderModel:
             rngs=None if key is None else {"dropout": key},
             mutable=[REPORTS],
         )
-        return logits, router_reports(variables)
+        return logits, router_reports(variables, params)
 
     def loss(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> LossAndMetrics:
-        """Cross entropy with z-loss and smoothing, sparse layers' auxiliary losses, and what is worth watching beside it."""
-        logits, reports = self._forward(params, batch, key)
+        """Cross entropy with z-loss and smoothing, auxiliary losses, and what is worth watching beside them."""
+        return self.loss_of(*self.forward(params, batch, key), batch)
+
+    def loss_of(
+        self, logits: Float[Array, "batch length vocab"], reports: Mapping[str, RouterReport], batch: Batch
+    ) -> LossAndMetrics:
+        """`loss` from what `forward` returned."""
         targets = jnp.asarray(batch["decoder_target_tokens"])
         weights = jnp.asarray(batch["decoder_loss_weights"], jnp.float32)
         tokens = cross_entropy(logits, targets, self.label_smoothing, self.z_loss)

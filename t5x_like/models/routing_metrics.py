@@ -12,7 +12,7 @@ SCALARS = ("balance_loss", "z_loss", "entropy", "confidence", "dropped")
 
 
 def auxiliary_loss(reports: Mapping[str, RouterReport]) -> Scalar:
-    """The layers' auxiliary losses, each a mean over its real tokens, summed over layers (Fedus et al. 2021, section 2.2)."""
+    """The sum over layers of their auxiliary losses, each a mean over real tokens (Fedus et al. 2021, 2.2)."""
     losses = (WeightedSum(report.loss, report.tokens).mean() for report in reports.values())
     return sum(losses, start=jnp.zeros((), jnp.float32))
 

@@ -28,7 +28,7 @@ from t5x_like.training import schedules
 from t5x_like.typing import Array, Float, Int, Params, PyTree, Scalar
 
 STACKS: Mapping[str, int] = MappingProxyType({"layers": 1, "expert": 0})
-"""Which axis of a leaf is a stack: below `layers`, axis 1 counts layers (T5X's scalable_t5); below `expert`, axis 0 experts."""
+"""Which axis is a stack: below `layers` axis 1 counts layers (T5X's scalable_t5), below `expert` axis 0 experts."""
 
 
 # ---- Optimisers ----

@@ -5,22 +5,29 @@ The page opens from disk with no network and no script; a point of a curve tells
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+import re
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from string import Template
 
+import numpy as np
+
 from t5x_like.errors import UserError
-from t5x_like.training.run_log import read_jsonl, replace_text
+from t5x_like.training.heatmap import LEVELS, History, encode_png, levels, ratios_to_mean
+from t5x_like.training.run_log import read_jsonl, read_rows, replace_text
 
 Points = Sequence[tuple[int, float | None]]
 """`(step, value)` in order of step; None where the value was not finite."""
 
 MAIN_CURVES = ("loss", "accuracy", "learning_rate", "gradient_norm", "tokens_per_second", "share_of_matmul_peak")
+ROUTER_CURVES = ("router/dropped", "router/entropy", "router/confidence", "router/balance_loss", "router/z_loss")
 SAMPLES_PER_TASK = 5
 POINTS_PER_CURVE = 300
+CELLS_PER_HEATMAP = 256 * 300
 
 
 def write_report(model_dir: str | Path) -> Path:
@@ -44,9 +51,11 @@ def write_report(model_dir: str | Path) -> Path:
     if not (curves or evaluations or run or samples):
         raise UserError(f"{folder} is no run's folder: it has no metrics, no eval and no run.json")
     first = {name: curves.pop(name) for name in MAIN_CURVES if name in curves}
+    router = {name: curves.pop(name) for name in ROUTER_CURVES if name in curves}
     sections = (
         _summary(first, run),
         _section("Training", _figures(first) + _folded("Everything else that was logged", _figures(curves))),
+        _section("Experts", _figures(router) + _heatmaps(_histories(folder / "metrics" / "metrics.jsonl"))),
         _section("Evaluation", _metric_table(evaluations) + _figures(evaluations)),
         _section("Predictions", "".join(_sample_table(path) for path in _latest_of_each_task(samples))),
         _section("Config", _file_text(folder / "config.gin")),
@@ -65,6 +74,18 @@ def _curves(path: Path) -> dict[str, Points]:
         for name, value in scalars.items():
             curves.setdefault(name, {})[step] = value
     return {name: sorted(values.items(), key=lambda point: point[0]) for name, values in curves.items()}
+
+
+def _histories(path: Path) -> dict[str, History]:
+    """Every vector of a metrics file by name; layers in order of their numbers."""
+    histories: dict[str, History] = {}
+    for row in read_rows(path) if path.exists() else ():
+        for name, values in row.vectors.items():
+            if name not in histories:
+                columns = min(POINTS_PER_CURVE, CELLS_PER_HEATMAP // len(values) // 2 * 2)
+                histories[name] = History(len(values), columns)
+            histories[name].add(row.step, values)
+    return dict(sorted(histories.items(), key=lambda item: [part.zfill(9) for part in re.split(r"(\d+)", item[0])]))
 
 
 def _read_json(path: Path) -> dict[str, object]:
@@ -154,6 +175,96 @@ def _curve_svg(label: str, points: Sequence[tuple[int, float]]) -> str:
     )
 
 
+def _heatmaps(histories: Mapping[str, History]) -> str:
+    """The vectors that have more than one step to show, side by side under the scale of their colours."""
+    figures = []
+    for name, history in histories.items():
+        if history.first_step == history.last_step:
+            continue
+        label = escape(name.removeprefix("router/").removesuffix("/load"))
+        means = history.means()
+        last = ratios_to_mean(means[:, -1:])
+        finite = [float(ratio) for ratio in last[:, 0] if math.isfinite(ratio)]
+        span = f"last {_number(min(finite))}x to {_number(max(finite))}x" if finite else "not finite"
+        caption = f"<span>{label}</span><b>{span}</b>"
+        figures.append(f"<figure><figcaption>{caption}</figcaption>{_heatmap_svg(label, history)}</figure>")
+    return f'{HEATMAP_SCALE}<div class="figures">{"".join(figures)}</div>' if figures else ""
+
+
+def _heatmap_svg(label: str, history: History) -> str:
+    """Steps from left to right, as in a curve; a row per expert that tells its share when pointed at."""
+    means = history.means()
+    experts, columns = means.shape
+    width, left, right, top, bottom = 480, 52, 20, 12, 40
+    plot_width, plot_height = width - left - right, min(max(160, experts), 512)
+    row, baseline = plot_height / experts, top + plot_height
+    end = history.first_step + columns * history.stretch
+    texts = [
+        f'<text x="{left - 8}" y="{top + (tick + 0.5) * row + 4:.1f}">{tick:.0f}</text>'
+        for tick in _ticks(0.0, float(experts - 1), 4)
+        if tick < experts and tick.is_integer()
+    ]
+    texts += [
+        f'<text class="x" x="{left + plot_width * (tick - history.first_step) / (end - history.first_step):.1f}" '
+        f'y="{baseline + 18}">{_number(tick)}</text>'
+        for tick in _ticks(history.first_step, end, 6)
+        if history.first_step <= tick <= history.last_step
+    ]
+    texts.append(f'<text class="x" x="{left + plot_width / 2}" y="{baseline + 34}">step</text>')
+    texts.append(f'<text class="x" transform="translate(14 {top + plot_height / 2}) rotate(-90)">expert</text>')
+    ratios = ratios_to_mean(means)
+    tips = [
+        f'<rect x="{left}" y="{top + expert * row:.2f}" width="{plot_width}" height="{row:.2f}"><title>'
+        f"expert {expert}: {_ratio(ratios[expert, 0])} at first, {_ratio(ratios[expert, -1])} at last "
+        f"({_share(means[expert, -1])})"
+        "</title></rect>"
+        for expert in range(experts if experts <= plot_height else 0)
+    ]
+    return (
+        f'<svg viewBox="0 0 {width} {baseline + bottom}" role="img" aria-label="{label}: load of each expert">'
+        f"{_image(levels(ratios), left, top, plot_width, plot_height)}{''.join(texts + tips)}</svg>"
+    )
+
+
+def _image(cells: np.ndarray, x: int, y: int, width: int, height: int) -> str:
+    """Cells of an SVG as a picture, stretched to fill a rectangle."""
+    data = b64encode(encode_png(cells)).decode()
+    place = f'x="{x}" y="{y}" width="{width}" height="{height}" preserveAspectRatio="none"'
+    return f'<image {place} href="data:image/png;base64,{data}"/>'
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}x" if math.isfinite(value) else "not finite"
+
+
+def _share(value: float) -> str:
+    return f"{value:.2%} of the tokens" if math.isfinite(value) else "not finite"
+
+
+def _heatmap_scale() -> str:
+    """What the colours of heatmaps mean."""
+    width, left, top, height = 480, 40, 24, 14
+    marks = ("0", "½", "1x", "2x", "≥ 4x")
+    meanings = {0: "no tokens", 2: "even share", 4: "overloaded"}
+    texts = [
+        f'<text class="x" x="{left + (width - 2 * left) * i / 4}" y="{top + height + 16}">{mark}</text>'
+        for i, mark in enumerate(marks)
+    ]
+    texts += [
+        f'<text class="x" x="{left + (width - 2 * left) * i / 4}" y="{top - 8}">{meaning}</text>'
+        for i, meaning in meanings.items()
+    ]
+    cells = _image(np.arange(LEVELS)[None], left, top, width - 2 * left, height)
+    return (
+        '<figure class="scale"><figcaption>Load of each expert: its share of the tokens over the mean share of all '
+        f'experts at that step</figcaption><svg viewBox="0 0 {width} 60" role="img" aria-label="colour scale">'
+        f"{cells}{''.join(texts)}</svg></figure>"
+    )
+
+
+HEATMAP_SCALE = _heatmap_scale()
+
+
 def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """About `POINTS_PER_CURVE` points at most: the lowest and highest of every stretch, so that no spike is lost."""
     if len(points) <= POINTS_PER_CURVE:
@@ -166,7 +277,7 @@ def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return sorted(kept)
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
+def _ticks(low: float | int, high: float | int, count: int) -> list[float]:
     """At most `count + 2` round numbers, evenly spaced, the first <= low and the last >= high."""
     if low == high:
         low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
@@ -266,6 +377,11 @@ svg path { fill: none; stroke: var(--rule); }
 svg .line { stroke: var(--line); stroke-width: 1.5; stroke-linejoin: round; }
 svg text { fill: var(--faint); font-size: 11px; text-anchor: end; }
 svg .x { text-anchor: middle; }
+image { image-rendering: pixelated; }
+rect { fill: transparent; }
+rect:hover { stroke: var(--text); }
+.scale { margin: 24px 0 12px; }
+.scale svg { max-width: 480px; }
 circle { fill: transparent; }
 circle:hover { fill: var(--line); }
 .scroll { overflow-x: auto; }

@@ -12,11 +12,11 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -25,15 +25,21 @@ from rich.table import Column
 
 from t5x_like import __version__
 from t5x_like.errors import UserError
+from t5x_like.training.heatmap import History, encode_png, levels, ratios_to_mean
 
 REPORTED_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "numpy")
+IMAGE_COLUMNS = 200
+IMAGE_DESCRIPTION = (
+    "Left to right: training so far. Top to bottom: entries (experts), the first at the top. Colour: ratio to the "
+    "mean over the entries, for experts an even share: dark blue 0, near white 1, dark red 4 or more; grey: not finite."
+)
 
 
 class Writer(Protocol):
     """Somewhere that numbers go."""
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Records the scalars of one step; they are safe on disk, or on their way, when this returns."""
+    def write(self, step: int, scalars: Mapping[str, float], vectors: Mapping[str, Sequence[float]] = {}) -> None:
+        """Records the numbers of one step; they are safe on disk, or on their way, when this returns."""
 
     def close(self) -> None:
         """Lets go of files and connections."""
@@ -100,9 +106,15 @@ class RunLog:
             writer.close()
 
     def step(self, step: int, scalars: Mapping[str, float], vectors: Mapping[str, Sequence[float]] = {}) -> None:
-        """Reports a training step; the scalars hold at least `loss` and `tokens_per_second`."""
+        """Reports a training step.
+
+        Args:
+            step: steps done; it grows from call to call.
+            scalars: at least `loss` and `tokens_per_second`.
+            vectors: by name, such as the load of each expert of a layer; a name keeps its length.
+        """
         for writer in self._step_writers:
-            writer.write(step, scalars)
+            writer.write(step, scalars, vectors)
         self._progress.update(step, scalars)
 
     def evaluation(self, step: int, task: str, metrics: Mapping[str, float]) -> None:
@@ -127,19 +139,24 @@ class SilentRunLog(RunLog):
 
 
 class JsonlWriter:
-    """A JSON object per step: `{"step": 1, "loss": 5.2}`. NaN and infinities become null."""
+    """A JSON object per step: `{"step": 1, "loss": 5.2, "load": [0.75, 0.25]}`. NaN and infinities become null.
+
+    Vectors are rounded to seven digits, about what a float32 holds: most of a sparse model's file is vectors.
+    """
 
     def __init__(self, path: Path, last_step: int | None = None) -> None:
         """Opens a file to append to, without its rows past `last_step` and those that a crash cut short."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [row for row in read_jsonl(path) if last_step is None or row[0] <= last_step]
-            replace_text(path, "".join(_json_line(step, scalars) for step, scalars in kept))
+            kept = (line for line, row in _parsed(path) if last_step is None or row.step <= last_step)
+            replace_text(path, "".join(line.rstrip("\n") + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    def write(self, step: int, scalars: Mapping[str, float], vectors: Mapping[str, Sequence[float]] = {}) -> None:
         """Appends a row."""
-        self._file.write(_json_line(step, {name: float(value) for name, value in scalars.items()}))
+        row = {"step": step} | {name: _finite(value) for name, value in scalars.items()}
+        rounded = {name: [_finite(float(f"{x:.7g}")) for x in values] for name, values in vectors.items()}
+        self._file.write(json.dumps(row | rounded) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -148,10 +165,19 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """TensorBoard events as plain records: `tf.summary` needs the tensorboard package, and takes a GPU."""
+    """TensorBoard events as plain records: `tf.summary` needs the tensorboard package, and takes a GPU.
+
+    A vector becomes an image of all training so far: steps from left to right in at most `IMAGE_COLUMNS` columns,
+    entries (experts) from the top down. Images come with the first step, then whenever training is half as long again
+    as at the image before, and when the file is closed: 24 layers of 128 experts add about 15 MB to a run of a million
+    steps. TensorBoard's slider goes through the images; the last one tells the whole story.
+    """
 
     def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
-        """Opens a new event file, and has TensorBoard forget what older ones hold past `resumed_step`."""
+        """Opens a new event file, and has TensorBoard forget what older ones hold past `resumed_step`.
+
+        The images of a resumed run go on from the vectors in `metrics.jsonl` beside it.
+        """
         import tensorflow as tf
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,17 +187,53 @@ class TensorBoardWriter:
         if resumed_step is not None:
             start = self._tf.SessionLog(status=self._tf.SessionLog.START)
             self._event(step=resumed_step + 1, session_log=start)
+        self._histories: dict[str, History] = {}
+        self._last_image, self._next_image = 0, 0.0
+        metrics = folder / "metrics.jsonl"
+        for row in read_rows(metrics) if metrics.exists() else ():
+            if row.step <= (resumed_step or 0):
+                self._remember(row.step, row.vectors)
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends one event that holds every scalar."""
+    def write(self, step: int, scalars: Mapping[str, float], vectors: Mapping[str, Sequence[float]] = {}) -> None:
+        """Appends one event that holds every scalar, and images where they are due."""
         summary = self._tf.Summary()
         for name, value in scalars.items():
             summary.value.add(tag=name, simple_value=float(value))
         self._event(step=step, summary=summary)
+        self._remember(step, vectors)
+        if vectors and step >= self._next_image:
+            self._write_images(step)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Writes the last images and closes the file."""
+        last = max((history.last_step for history in self._histories.values()), default=0)
+        if last > self._last_image > 0:
+            self._write_images(last)
         self._file.close()
+
+    def _remember(self, step: int, vectors: Mapping[str, Sequence[float | None]]) -> None:
+        for name, values in vectors.items():
+            if name not in self._histories:
+                self._histories[name] = History(len(values), IMAGE_COLUMNS)
+            self._histories[name].add(step, values)
+
+    def _write_images(self, step: int) -> None:
+        self._last_image, self._next_image = step, 1.5 * step
+        summary = self._tf.Summary()
+        for name, history in self._histories.items():
+            cells = levels(ratios_to_mean(history.means()))
+            # Not smaller than a person can see, and about as large at the next step.
+            rows, columns = (max(1, size // cells) for size, cells in zip((160, 400), cells.shape, strict=True))
+            pixels = cells.repeat(rows, axis=0).repeat(columns, axis=1)
+            height, width = pixels.shape
+            value = summary.value.add(tag=name)
+            value.image.MergeFrom(
+                self._tf.Summary.Image(
+                    height=height, width=width, colorspace=3, encoded_image_string=encode_png(pixels)
+                )
+            )
+            value.metadata.summary_description = IMAGE_DESCRIPTION
+        self._event(step=step, summary=summary)
 
     def _event(self, **fields: object) -> None:
         self._file.write(self._tf.Event(wall_time=time.time(), **fields).SerializeToString())
@@ -191,13 +253,15 @@ class WandbWriter:
             ) from error
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / "wandb_id"
+        self._wandb = wandb
         known = id_file.read_text() if id_file.exists() else None
         self._run = wandb.init(project=project, dir=str(folder), id=known, resume="allow")
         id_file.write_text(self._run.id)
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Sends the scalars."""
-        self._run.log(dict(scalars), step=step)
+    def write(self, step: int, scalars: Mapping[str, float], vectors: Mapping[str, Sequence[float]] = {}) -> None:
+        """Sends the scalars, and a histogram of each vector's finite entries."""
+        histograms = {name: self._wandb.Histogram([*filter(math.isfinite, values)]) for name, values in vectors.items()}
+        self._run.log({**scalars, **histograms}, step=step)
 
     def close(self) -> None:
         """Ends the run on the server."""
@@ -300,16 +364,22 @@ class _Pace:
         )
 
 
+class Row(NamedTuple):
+    """What a `JsonlWriter` wrote of one step; None stands for numbers that were not finite."""
+
+    step: int
+    scalars: dict[str, float | None]
+    vectors: dict[str, list[float | None]]
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows that a `JsonlWriter` wrote, without one that a crash cut short."""
+    return (row for _, row in _parsed(path))
+
+
 def read_jsonl(path: Path) -> list[tuple[int, dict[str, float | None]]]:
-    """The steps and scalars that a `JsonlWriter` wrote, without a row that a crash cut short."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows.append((row.pop("step"), row))
-    return rows
+    """The steps and scalars of `read_rows`."""
+    return [(row.step, row.scalars) for row in read_rows(path)]
 
 
 def read_evaluations(model_dir: str | Path) -> dict[int, dict[str, float]]:
@@ -322,9 +392,21 @@ def read_evaluations(model_dir: str | Path) -> dict[int, dict[str, float]]:
     return reported
 
 
-def _json_line(step: int, scalars: Mapping[str, float | None]) -> str:
-    finite = {name: x if x is not None and math.isfinite(x) else None for name, x in scalars.items()}
-    return json.dumps({"step": step} | finite) + "\n"
+def _parsed(path: Path) -> Iterator[tuple[str, Row]]:
+    """The whole lines of a metrics file and what they say."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            step = values.pop("step")
+            vectors = {name: value for name, value in values.items() if isinstance(value, list)}
+            yield line, Row(step, {name: value for name, value in values.items() if name not in vectors}, vectors)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -122,7 +122,7 @@ def test_renames_take_other_names_and_mistakes_are_explained(tmp_path: Path) -> 
     taken = RestoreFrom(path, include="body/.*", renames=(("^body/", "encoder/"),))(ours)
     np.testing.assert_array_equal(taken["body"]["kernel"], np.full((8, 4), 103.0))
     np.testing.assert_array_equal(taken["head"], np.zeros(2))
-    with pytest.raises(UserError, match=r"head: \(2,\), over there nothing as head"):
+    with pytest.raises(UserError, match=r"head: \(2,\) is wanted, over there is nothing"):
         RestoreFrom(path, renames=(("^body/", "encoder/"),))(ours)
     with pytest.raises(UserError, match=r"matches no parameter, such as body/kernel"):
         RestoreFrom(path, include="decoder")(ours)

@@ -1,12 +1,15 @@
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
 
 from t5x_like.errors import UserError
+from t5x_like.training.heatmap import EVEN, palette
 from t5x_like.training.report import POINTS_PER_CURVE, _curve_svg, _thinned, _ticks, write_report
 from t5x_like.training.run_log import JsonlWriter, RunLog
 
@@ -90,6 +93,22 @@ def test_every_scalar_has_a_curve_whose_points_tell_their_values(tmp_path: Path)
     assert labels == ["loss", "learning_rate", "tokens_per_second", "z_loss", "bible/bleu", "bible/chrf"]
     for title in ("step 1: 8", "step 2: 6", "step 3: 4", "step 3: 7.5"):
         assert f"<title>{title}</title>" in source
+
+
+def test_experts_have_a_heatmap_over_training(tmp_path: Path) -> None:
+    with RunLog(tmp_path, total_steps=2) as log:
+        for step in (1, 2):
+            numbers = {"loss": 1.0, "tokens_per_second": 1.0, "router/dropped": 0.125 * step}
+            log.step(step, numbers, {"router/encoder/layers_1/load": [0.0, 0.5, 1.0]})
+    page = Page(write_report(tmp_path))
+    assert "<h2>Experts</h2>" in page.source
+    (scale, heatmap) = [tag["href"] for name, tag in page.tags if name == "image"]
+    assert scale != heatmap
+    cells = tf.io.decode_png(b64decode(heatmap.partition(",")[2]), channels=3).numpy()
+    nothing, even, twice = palette()[[0, EVEN, EVEN + EVEN // 2]].tolist()
+    assert cells.tolist() == [[nothing] * 2, [even] * 2, [twice] * 2]
+    assert "expert 2: 2.00x at first, 2.00x at last (100.00% of the tokens)" in page.source
+    assert "step 2: 0.25" in page.source
 
 
 def test_text_is_escaped_and_nothing_is_fetched(tmp_path: Path) -> None:

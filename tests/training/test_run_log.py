@@ -8,11 +8,13 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from rich.console import Console
 
 from t5x_like.errors import UserError
+from t5x_like.training.heatmap import EVEN, NOT_FINITE, palette
 from t5x_like.training.run_log import (
     JsonlWriter,
     ProgressBar,
@@ -24,6 +26,7 @@ from t5x_like.training.run_log import (
     git_revision,
     read_evaluations,
     read_jsonl,
+    read_rows,
     replace_text,
     write_run_json,
 )
@@ -134,6 +137,38 @@ def test_tensorboard_keeps_nan(tmp_path: Path) -> None:
     [(step, tag, value)] = tensorboard_scalars(tmp_path)
     assert (step, tag) == (7, "loss")
     assert math.isnan(value)
+
+
+def test_vectors_are_lists_in_json_and_in_tensorboard_pictures_of_training_so_far(tmp_path: Path) -> None:
+    """Images at the first step, at half as long again, and at the end; a resumed run's go on from its rows."""
+    dead = [0.0, 1.0]
+
+    def images() -> list[tuple[int, str, np.ndarray]]:
+        return [
+            (event.step, value.tag, tf.io.decode_png(value.image.encoded_image_string).numpy())
+            for event in tensorboard_events(tmp_path / "metrics")
+            for value in event.summary.value
+            if value.HasField("image")
+        ]
+
+    with RunLog(tmp_path, total_steps=4) as log:
+        for step in (1, 2, 3):
+            log.step(step, scalars(1.0), {"router/load": [math.nan, 0.5] if step == 2 else dead})
+    assert json.loads((tmp_path / "metrics/metrics.jsonl").read_text().splitlines()[1])["router/load"] == [None, 0.5]
+    rows = list(read_rows(tmp_path / "metrics/metrics.jsonl"))
+    assert [row.vectors["router/load"] for row in rows] == [dead, [None, 0.5], dead]
+    assert rows[0].scalars == scalars(1.0)
+    assert [(step, tag) for step, tag, _ in images()] == [(1, "router/load"), (2, "router/load"), (3, "router/load")]
+    nothing, even, twice, grey = palette()[[0, EVEN, EVEN + EVEN // 2, NOT_FINITE]].tolist()
+    picture = images()[-1][2]
+    height, width = picture.shape[0] // 2, picture.shape[1] // 3
+    cells = [[picture[row * height, column * width].tolist() for column in range(3)] for row in range(2)]
+    assert cells == [[nothing, grey, nothing], [twice, even, twice]]
+
+    with RunLog(tmp_path, total_steps=4, resumed_step=2) as log:
+        log.step(3, scalars(1.0), {"router/load": [1.0, 0.0]})
+    picture = images()[-1][2]
+    assert [picture[0, column * width].tolist() for column in range(3)] == [nothing, grey, twice]
 
 
 def test_replacing_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
