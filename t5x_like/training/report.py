@@ -196,7 +196,7 @@ def _heatmap_svg(label: str, history: History) -> str:
     means = history.means()
     experts, columns = means.shape
     width, left, right, top, bottom = 480, 52, 20, 12, 40
-    plot_width, plot_height = width - left - right, min(max(160, experts), 512)
+    plot_width, plot_height = width - left - right, min(max(160, 3 * experts), 320)
     row, baseline = plot_height / experts, top + plot_height
     end = history.first_step + columns * history.stretch
     texts = [
@@ -207,7 +207,7 @@ def _heatmap_svg(label: str, history: History) -> str:
     texts += [
         f'<text class="x" x="{left + plot_width * (tick - history.first_step) / (end - history.first_step):.1f}" '
         f'y="{baseline + 18}">{_number(tick)}</text>'
-        for tick in _ticks(history.first_step, end, 6)
+        for tick in _ticks(history.first_step, history.last_step, 6)
         if history.first_step <= tick <= history.last_step
     ]
     texts.append(f'<text class="x" x="{left + plot_width / 2}" y="{baseline + 34}">step</text>')
@@ -227,9 +227,10 @@ def _heatmap_svg(label: str, history: History) -> str:
 
 
 def _image(cells: np.ndarray, x: int, y: int, width: int, height: int) -> str:
-    """Cells of an SVG as a picture, stretched to fill a rectangle."""
+    """Cells as a picture in an SVG, stretched to fill a rectangle."""
     data = b64encode(encode_png(cells)).decode()
-    place = f'x="{x}" y="{y}" width="{width}" height="{height}" preserveAspectRatio="none"'
+    look = "pixelated" if len(cells) <= height else "auto"  # more rows than the page has are blended
+    place = f'x="{x}" y="{y}" width="{width}" height="{height}" preserveAspectRatio="none" image-rendering="{look}"'
     return f'<image {place} href="data:image/png;base64,{data}"/>'
 
 
@@ -377,7 +378,6 @@ svg path { fill: none; stroke: var(--rule); }
 svg .line { stroke: var(--line); stroke-width: 1.5; stroke-linejoin: round; }
 svg text { fill: var(--faint); font-size: 11px; text-anchor: end; }
 svg .x { text-anchor: middle; }
-image { image-rendering: pixelated; }
 rect { fill: transparent; }
 rect:hover { stroke: var(--text); }
 .scale { margin: 24px 0 12px; }

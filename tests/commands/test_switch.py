@@ -178,15 +178,11 @@ def test_mistakes_are_explained(run: Path, dense_run: Path) -> None:
         MergeExperts(str(run))(params["encoder"]["layers_0"])
 
 
-DISTILL = """
-include 'experiments/switch_distill.gin'
-"""
-
-
 def test_a_dense_student_learns_from_a_switch_teacher(run: Path, tmp_path: Path) -> None:
     """The shipped config, shrunk: the teacher stays as it was, the student's shared weights begin as its own."""
     shrunk = [line for line in SWITCH_CONFIG.splitlines() if " = " in line]
-    config = "\n".join(["from __gin__ import dynamic_registration", DISTILL, *shrunk, f"SWITCH_RUN = '{run}'"])
+    lines = ["from __gin__ import dynamic_registration", "include 'experiments/switch_distill.gin'", *shrunk]
+    config = "\n".join([*lines, f"SWITCH_RUN = '{run}'", "GROUP_SIZE = None"])
     folder = tmp_path / "run"
     assert train_tiny(folder, "--gin.TRAIN_STEPS=2", "--gin.EVAL_EXAMPLES=2", config=config) == 0
     ours, teacher = parameters(folder), parameters(run)
