@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import jax
+import numpy as np
 import pytest
 
 
@@ -35,8 +37,50 @@ def test_a_case_prints_one_line_that_adds_up(
     assert result["versions"]["jax"] == __import__("jax").__version__
 
 
+@pytest.fixture
+def small(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sparse layer at sizes that compile in a moment."""
+    for name, size in {"LAYER_BATCH": 2, "LAYER_LENGTH": 32, "EMBED_DIM": 16, "MLP_DIM": 64}.items():
+        monkeypatch.setattr(benchmark, name, size)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_rivals_of_the_sparse_layer_are_timed_and_add_up(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    assert benchmark.main(["--case", "switch_layer", "--experts", "4", "--steps", "2"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["experts"] == 4
+    # Seconds are rounded to 0.1 ms.
+    assert result["ratio"] * result["seconds_dense"] == pytest.approx(result["seconds_sparse"], abs=2e-4)
+    assert result["ratio_one_hot"] * result["seconds_dense"] == pytest.approx(result["seconds_one_hot"], abs=2e-4)
+
+
+@pytest.mark.usefixtures("small")
+def test_one_hot_dispatch_computes_the_same_layer(benchmark: ModuleType) -> None:
+    capacity = benchmark.CapacityFactor(1.0, 1.0, 1)
+    layers = [
+        kind(benchmark.Experts(4, 64), capacity=capacity) for kind in (benchmark.SparseMlp, benchmark.OneHotSwitch)
+    ]
+    results = [run(*arguments) for run, arguments in (benchmark.layer_gradient(layer, "float32") for layer in layers)]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *results)
+
+
+@pytest.mark.usefixtures("small")
+def test_flops_by_hand(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    assert benchmark.main(["--case", "switch_flops", "--experts", "4"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["flops_arithmetic"] == 3 * (2 * 64 * 2 * 16 * 64 + 2 * 64 * 16 * 4)
+    assert result["ratio"] == round(result["flops_counted"] / result["flops_arithmetic"], 4)
+    assert result["ratio"] > 1.0
+
+
 def test_an_unknown_case_is_the_users_mistake(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit_:
         benchmark.main(["--case", "train_t5_smal"])
     assert exit_.value.code == 2
     assert "train_t5_small" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        benchmark.main(["--case", "train_t5_small", "--experts", "8"])
+    assert exit_.value.code == 2
+    assert "--experts means nothing to train_t5_small" in capsys.readouterr().err
