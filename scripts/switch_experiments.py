@@ -106,7 +106,7 @@ def table(results: Mapping[str, Mapping[int, Result]]) -> str:
     that the dense run took over the steps after which the variant had reached its final loss.
     """
     lines = [
-        "| variant | seeds | held-out loss | spread | below dense | speed-up in steps | dropped | load entropy | s/step |",
+        "| variant | seeds | held-out loss | spread | below dense | speed-up | dropped | load entropy | s/step |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     dense = results.get("dense", {})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from t5x_like.architectures.variables import named_leaves, parameter_name
 from t5x_like.checkpoints.manager import Checkpoints
@@ -51,7 +52,13 @@ class RestoreFrom:
             raise UserError(f"RestoreFrom.include {self.include!r} matches no parameter, such as {next(iter(leaves))}")
         like = {theirs: abstract_like(leaves[name]) for name, theirs in wanted.items()}
         restored = read_parameters("RestoreFrom", self.path, self.step, lambda theirs: like)
-        return replace_leaves(params, {name: restored[theirs] for name, theirs in wanted.items()})
+        first = {theirs: name for name, theirs in reversed(wanted.items())}
+        taken = {
+            # A second taker gets a copy: the training step reuses the memory of every parameter.
+            name: restored[theirs] if first[theirs] == name else jnp.copy(restored[theirs])
+            for name, theirs in wanted.items()
+        }
+        return replace_leaves(params, taken)
 
     def _their_name(self, name: str) -> str:
         for pattern, replacement in self.renames:

@@ -143,3 +143,14 @@ def test_renames_take_other_names_and_mistakes_are_explained(tmp_path: Path) -> 
 def test_a_policy_that_cannot_be_is_explained(fields: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         CheckpointPolicy(**fields)
+
+
+def test_two_parameters_may_come_from_one(tmp_path: Path) -> None:
+    """As a student's and its teacher's do; each has its own memory, which the training step gives away."""
+    save(tmp_path / "run" / "checkpoints", [3], CheckpointPolicy())
+    ours = {"body": {"kernel": jnp.zeros((8, 4))}, "twin": {"kernel": jnp.zeros((8, 4))}}
+    taken = RestoreFrom(str(tmp_path / "run"), renames=(("^(body|twin)/", "encoder/"),))(ours)
+    for name in ours:
+        np.testing.assert_array_equal(taken[name]["kernel"], np.full((8, 4), 103.0))
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(taken)]
+    assert len(set(pointers)) == 2
