@@ -123,6 +123,7 @@ def _mixed(owner: str, params: Params, path: str, step: int | None, mix: Mix) ->
     if not routers or any("/layers/" in name for name in routers):
         raise UserError(f"{owner}: needs sparse layers that are not scanned (SCAN_LAYERS = False)")
     layers = {name: name.removesuffix(f"/mlp{ROUTER}") for name in routers}
+    kernels = {name: [k for k in leaves if k.startswith(f"{layers[name]}/mlp/expert/")] for name in routers}
 
     def like(theirs: Mapping[str, tuple[int, ...]]) -> dict[str, jax.ShapeDtypeStruct]:
         wanted = {name: abstract_like(leaf) for name, leaf in leaves.items()}
@@ -130,8 +131,7 @@ def _mixed(owner: str, params: Params, path: str, step: int | None, mix: Mix) ->
             old, new = theirs.get(router, (0, 0))[-1], leaves[router].shape[-1]
             if old < new:
                 raise UserError(f"{owner}: {path} has {old} experts in {layers[router]}, fewer than the {new} wanted")
-            prefix = router.removesuffix(ROUTER)
-            for name in [name for name in leaves if name.startswith(f"{prefix}/expert/")]:
+            for name in kernels[router]:
                 wanted[name] = _whole((old, *leaves[name].shape[1:]), leaves[name])
             wanted[router] = _whole((leaves[router].shape[0], old), leaves[router])
         return wanted
@@ -142,7 +142,7 @@ def _mixed(owner: str, params: Params, path: str, step: int | None, mix: Mix) ->
         columns = np.asarray(restored[router])
         shares = mix(loads[layer], columns, leaves[router].shape[-1])
         restored[router] = jnp.asarray(columns @ shares.T)
-        for name in [name for name in leaves if name.startswith(router.removesuffix(ROUTER) + "/expert/")]:
+        for name in kernels[router]:
             restored[name] = jnp.tensordot(shares, restored[name], axes=1)
     return replace_leaves(params, {name: jax.device_put(x, leaves[name].sharding) for name, x in restored.items()})
 

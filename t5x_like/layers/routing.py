@@ -5,7 +5,6 @@ slots and back. Nothing here multiplies by a one-hot matrix: tokens move by inde
 """
 
 import dataclasses
-import functools
 import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -76,16 +75,20 @@ class FixedCapacity:
 # ---- Slots: tokens on their way to the experts and back
 
 
-@functools.partial(jax.custom_vjp)
+def _gather(x: Float[Array, "G R M"], index: Int[Array, "G ..."]) -> Float[Array, "G ... M"]:
+    return jax.vmap(lambda rows, i: rows.at[i].get(mode="fill", fill_value=0))(x, index)
+
+
+@jax.custom_vjp
 def take_rows(
     x: Float[Array, "G R M"], index: Int[Array, "G I"], inverse: Int[Array, "G N R"]
 ) -> Float[Array, "G I M"]:
     """Rows `index` of `x`, group by group; zeros where an index is out of range.
 
     `inverse[g, :, r]` lists the places in `index[g]` that took row r, and is out of range where there are fewer than N.
-    With it the gradient is a gather too: a scatter is slow everywhere, and on a CPU serial.
+    With it the gradient is a gather too, where differentiation would make a scatter.
     """
-    return jax.vmap(lambda rows, i: rows.at[i].get(mode="fill", fill_value=0))(x, index)
+    return _gather(x, index)
 
 
 def _take_rows_forward(x: Array, index: Array, inverse: Array) -> tuple[Array, Array]:
@@ -93,8 +96,7 @@ def _take_rows_forward(x: Array, index: Array, inverse: Array) -> tuple[Array, A
 
 
 def _take_rows_backward(inverse: Array, gradient: Array) -> tuple[Array, None, None]:
-    rows = jax.vmap(lambda rows, i: rows.at[i].get(mode="fill", fill_value=0))
-    return sum(rows(gradient, inverse[:, n]) for n in range(inverse.shape[1])), None, None
+    return _gather(gradient, inverse).sum(axis=1), None, None
 
 
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
@@ -179,7 +181,7 @@ class ExpertSlots(NamedTuple):
 
     def dispatch(self, x: Float[Array, "G S M"]) -> Float[Array, "G E C M"]:
         """See `Slots`."""
-        return jax.vmap(lambda rows, i: rows.at[i].get(mode="fill", fill_value=0))(x, self.token)
+        return _gather(x, self.token)
 
     def combine(self, y: Float[Array, "G E C M"]) -> Float[Array, "G S M"]:
         """See `Slots`; the sum has no bound on its terms, so this one is a scatter."""
