@@ -27,6 +27,7 @@ from jax.stages import Compiled
 import t5x_like
 from t5x_like import gin_config
 from t5x_like.architectures.variables import router_reports, unbox
+from t5x_like.cli import keep_freed_memory
 from t5x_like.layers.mlp import MlpBlock
 from t5x_like.layers.moe import REPORTS, Experts, SparseMlp
 from t5x_like.layers.routing import CapacityFactor, Router, TokenChoices, Tokens
@@ -168,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.experts is not None and not arguments.case.startswith("switch_"):
         parser.error(f"--experts means nothing to {arguments.case}")
     options = {"experts": arguments.experts or 8} if arguments.case.startswith("switch_") else {}
+    if argv is None:
+        keep_freed_memory()  # as the command line does
     result = CASES[arguments.case](arguments.dtype, arguments.steps, **options)
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     versions |= {"t5x_like": t5x_like.__version__, "python": sys.version.split()[0]}

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -42,6 +43,20 @@ TENSORFLOW_NOISE = re.compile(rb"WARNING: All log messages before absl|[IWE]\d{4
 """What it says all the same while it is imported."""
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed, for this process: XLA on a CPU takes its buffers afresh in every step.
+
+    Handed back and taken again, every page of them is faulted in and zeroed: measured, a seventh of a T5 small training
+    step, and a quarter of a sparse layer. Does nothing where the C library is another.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # From malloc.h: M_MMAP_MAX (no blocks of their own), M_TRIM_THRESHOLD (never shrink), M_ARENA_MAX (one heap,
+        # which alone can hold large blocks).
+        for parameter, value in ((-4, 0), (-1, -1), (-8, 1)):
+            mallopt(parameter, value)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -51,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted.
     """
+    if argv is None:  # the process is ours
+        keep_freed_memory()
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
     except SystemExit as done:  # --help, --version

@@ -235,3 +235,26 @@ def test_every_verb_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, verb in cli.VERBS.items():
         assert Path(t5x_like.__file__).parent.joinpath("commands", f"{name}.py").is_file()
         assert verb.module == f"t5x_like.commands.{name}"
+
+
+def test_memory_that_was_freed_is_kept() -> None:
+    """A large block that is freed and asked for again comes without new pages."""
+    program = """
+import ctypes, resource
+from t5x_like.cli import keep_freed_memory
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+faults = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(256 << 20)
+    ctypes.memset(ctypes.c_void_p(block), 1, 256 << 20)
+    libc.free(block)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, *others = map(int, done.stdout.split())
+    assert max(others) < first / 10
