@@ -59,9 +59,8 @@ def router_reports(variables: Mapping[str, PyTree], params: Params) -> dict[str,
         if report.tokens.ndim == 0:
             reports[name] = report
             continue
-        stack, _, member = name.partition(
-            "/layers"
-        )  # `encoder/layers`, or `encoder/layers/layers_1` of a longer pattern
+        # `encoder/layers`, or `encoder/layers/layers_1` of a longer pattern
+        stack, _, member = name.partition("/layers")
         length, first = 1, 0
         if member:
             length, first = len(params[stack]["layers"]), int(member.removeprefix("/layers_"))

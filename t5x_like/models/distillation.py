@@ -23,7 +23,7 @@ class DistilledModel:
     Attributes:
       student: what is trained.
       teacher: what it learns from; routes and drops as in evaluation.
-      soft_weight: share of the teacher's probabilities in the targets; the paper found 0.25 best.
+      soft_weight: share of the teacher's probabilities in the targets; 0.25 as in the paper.
     """
 
     student: EncoderDecoderModel
