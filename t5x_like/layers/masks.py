@@ -1,31 +1,81 @@
-"""Which position may see which: boolean masks `[batch, heads, q_len, k_len]`, True where attention is allowed."""
+"""Which position may see which, said in few words, so that attention can compute any block of it by itself."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 
-from t5x_like.typing import Array, Bool, Int
+from t5x_like.typing import Array, Bool, Int, PyTree
 
-Mask = Bool[Array, "#batch #heads _ _"]
-
-
-def key_mask(real: Bool[Array, "batch k_len"]) -> Mask:
-    """Every query sees the real keys, none sees padding."""
-    return real[:, None, None, :]
+Allowed = Bool[Array, "#batch 1 q_len k_len"]
+"""A mask written out: True where a query may look at a key."""
 
 
-def causal_mask(query_positions: Int[Array, " q_len"], key_positions: Int[Array, " k_len"]) -> Mask:
-    """A query sees keys at its own position and before."""
-    return (query_positions[:, None] >= key_positions[None, :])[None, None]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which queries see which keys; `allowed` writes it out.
+
+    A pytree, so that it passes through scan and rematerialisation. (Its arrays are annotated loosely: JAX also builds
+    one of placeholders.)
+
+    Attributes:
+      query_positions: column of each query, `[q_len]`.
+      key_positions: column of each key, `[k_len]`.
+      query_segments: `[batch, q_len]`; a query sees the keys of its own segment only. None: of all segments.
+      key_segments: `[batch, k_len]`; 0 is padding, which nobody sees. None: all keys are real.
+      seen_by_all: `[batch, k_len]`, True for keys that `causal` and `radius` do not hide: the prefix of a prefix LM,
+        the global tokens of a Longformer.
+      causal: a query sees no key behind it.
+      radius: a query sees no key farther away than this; None: all distances.
+    """
+
+    query_positions: PyTree
+    key_positions: PyTree
+    query_segments: PyTree = None
+    key_segments: PyTree = None
+    seen_by_all: PyTree = None
+    causal: bool = dataclasses.field(default=False, metadata={"static": True})
+    radius: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def allowed(self) -> Allowed:
+        """The mask as booleans; the batch has size 1 where all rows are alike."""
+        distance = (self.query_positions[:, None] - self.key_positions[None, :])[None]
+        allowed = jnp.ones_like(distance, jnp.bool_)
+        if self.causal:
+            allowed &= distance >= 0
+        if self.radius is not None:
+            allowed &= jnp.abs(distance) <= self.radius
+        if self.seen_by_all is not None:
+            allowed = jnp.broadcast_to(allowed, (len(self.seen_by_all), *allowed.shape[1:]))
+            allowed |= jnp.broadcast_to(self.seen_by_all[:, None], allowed.shape)
+        if self.key_segments is not None:
+            seen = (self.key_segments > 0)[:, None]
+            if self.query_segments is not None:
+                seen &= self.query_segments[:, :, None] == self.key_segments[:, None]
+            allowed = jnp.broadcast_to(allowed, (len(seen), *allowed.shape[1:]))
+            allowed &= jnp.broadcast_to(seen, allowed.shape)
+        return allowed[:, None]
+
+    def queries(self, start: Int[Array, ""] | int, size: int) -> "Mask":
+        """The mask of `size` queries from `start` on."""
+        return self._cut(("query_positions", "query_segments"), start, size)
+
+    def keys(self, start: Int[Array, ""] | int, size: int) -> "Mask":
+        """The mask of `size` keys from `start` on."""
+        return self._cut(("key_positions", "key_segments", "seen_by_all"), start, size)
+
+    def _cut(self, names: tuple[str, ...], start: Int[Array, ""] | int, size: int) -> "Mask":
+        parts = {name: getattr(self, name) for name in names}
+        cut = {
+            name: jax.lax.dynamic_slice_in_dim(array, start, size, axis=-1)
+            for name, array in parts.items()
+            if array is not None
+        }
+        return dataclasses.replace(self, **cut)
 
 
-def segment_mask(query_segments: Int[Array, "batch q_len"], key_segments: Int[Array, "batch k_len"]) -> Mask:
-    """Packed examples see only their own; segment 0 is padding."""
-    return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
-
-
-def combine(first: Mask, *others: Mask) -> Mask:
-    """Allowed only where every mask allows."""
-    shape = jnp.broadcast_shapes(first.shape, *(mask.shape for mask in others))
-    combined = jnp.broadcast_to(first, shape)
-    for mask in others:
-        combined &= jnp.broadcast_to(mask, shape)
-    return combined
+def within(length: int, segments: Int[Array, "batch length"] | None = None, causal: bool = False) -> Mask:
+    """The mask of a sequence that looks at itself; positions of segment 0 are padding."""
+    columns = jnp.arange(length)
+    return Mask(columns, columns, segments, segments, causal=causal)
