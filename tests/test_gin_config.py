@@ -840,7 +840,7 @@ def test_the_operative_config_leaves_out_what_every_caller_overrides(tmp_path: P
         "t5x_like.commands.train.train", ["models/switch_c.gin", "runs/pretrain.gin"], ["MODEL_DIR=x"]
     )
     text = config.operative_config()
-    assert "encoder_sparse/t5.EncoderLayer.mlp = @moe.SparseMlp()" in text
+    assert "encoder_sparse/transformer.EncoderLayer.mlp = @moe.SparseMlp()" in text
     assert "MlpBlock" not in text
     again = tmp_path / "again.gin"
     again.write_text(text)

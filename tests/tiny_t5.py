@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_like.architectures.stack import LayerStack
-from t5x_like.architectures.t5 import T5, Decoder, DecoderLayer, Encoder, EncoderLayer
+from t5x_like.architectures.t5 import T5
+from t5x_like.architectures.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer
 from t5x_like.layers.attention import MultiHeadAttention
-from t5x_like.layers.linear import Embedding, Linear
+from t5x_like.layers.embeddings import Embedding
+from t5x_like.layers.linear import Linear
 from t5x_like.layers.mlp import MlpBlock
 from t5x_like.layers.positions import RelativePositionBias
 from t5x_like.models.encoder_decoder import EncoderDecoderModel

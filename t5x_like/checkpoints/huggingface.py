@@ -14,12 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from t5x_like.architectures.stack import LayerStack
-from t5x_like.architectures.t5 import T5, Decoder, DecoderLayer, Encoder, EncoderLayer
+from t5x_like.architectures.t5 import T5
+from t5x_like.architectures.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer
 from t5x_like.architectures.variables import named_leaves, parameter_name
 from t5x_like.checkpoints.huggingface_names import as_stored, fill, pieces, stored_shape, tensor_name
 from t5x_like.errors import UserError
 from t5x_like.layers.attention import MultiHeadAttention
-from t5x_like.layers.linear import Embedding, Linear, default_dtype
+from t5x_like.layers.embeddings import Embedding
+from t5x_like.layers.linear import Linear, default_dtype
 from t5x_like.layers.mlp import MlpBlock
 from t5x_like.layers.moe import Experts, SparseMlp
 from t5x_like.layers.norms import RMSNorm

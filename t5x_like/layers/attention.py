@@ -1,38 +1,81 @@
 """Attention: the formula, and the module that owns its four projections and its cache."""
 
+import dataclasses
+from typing import Protocol, TypeAlias, runtime_checkable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Initializer
 
 from t5x_like.layers.dropout import Dropout
 from t5x_like.layers.linear import FanInNormal, Linear
-from t5x_like.layers.masks import Mask
+from t5x_like.layers.masks import Allowed, Mask
+from t5x_like.layers.positions import BucketBias
 from t5x_like.sharding import constrain
 from t5x_like.typing import Array, Float, Int
 
 MASKED = -1e10
 """Stands in for minus infinity: finite, so that a query which sees nothing gets uniform weights instead of NaN."""
 
+Bias: TypeAlias = Float[Array, "#batch #heads q_len k_len"] | BucketBias
+"""Added to the logits: an array, or what makes any block of one."""
+
+
+@runtime_checkable
+class Attend(Protocol):
+    """The formula of attention between projected heads; which one is a matter of cost, not of result."""
+
+    def __call__(
+        self,
+        query: Float[Array, "batch q_len heads head_dim"],
+        key: Float[Array, "batch k_len heads head_dim"],
+        value: Float[Array, "batch k_len heads head_dim"],
+        bias: Bias | None,
+        mask: Mask | None,
+    ) -> Float[Array, "batch q_len heads head_dim"]:
+        """Mixes values; queries are already scaled, and whatever dropout there is has been done to the values."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class DotProduct:
+    """The plain form, all weights in memory at once (Vaswani et al. 2017, eq. 1)."""
+
+    def __call__(
+        self,
+        query: Float[Array, "batch q_len heads head_dim"],
+        key: Float[Array, "batch k_len heads head_dim"],
+        value: Float[Array, "batch k_len heads head_dim"],
+        bias: Bias | None,
+        mask: Mask | None,
+    ) -> Float[Array, "batch q_len heads head_dim"]:
+        """See `Attend`."""
+        dense = bias.values() if isinstance(bias, BucketBias) else bias
+        weights = attention_weights(query, key, dense, None if mask is None else mask.allowed())
+        return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+
 
 def attention_weights(
     query: Float[Array, "batch q_len heads head_dim"],
     key: Float[Array, "batch k_len heads head_dim"],
-    bias: Float[Array, "#batch heads q_len k_len"] | None = None,
-    mask: Mask | None = None,
+    bias: Float[Array, "#batch #heads q_len k_len"] | None = None,
+    allowed: Allowed | None = None,
 ) -> Float[Array, "batch heads q_len k_len"]:
     """How much each query takes from each key: a softmax in float32, since in bfloat16 it loses rare tokens."""
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
     if bias is not None:
         logits += jnp.broadcast_to(bias, logits.shape)
-    if mask is not None:
-        logits = jnp.where(mask, logits, MASKED)
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, MASKED)
     return jax.nn.softmax(logits)
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention with learned projections and no biases (Vaswani et al. 2017, eq. 1, without its 1/sqrt(head_dim)).
+    """Attention with learned projections.
 
-    T5 folds that factor into the query's initialiser; updates scaled by the parameter's size keep it there.
+    T5 does not divide its logits by sqrt(head_dim): it folds that factor into the query's initialiser, and updates
+    scaled by the parameter's size keep it there.
 
     Attributes:
       num_heads: heads.
@@ -40,6 +83,11 @@ class MultiHeadAttention(nn.Module):
       dropout_rate: on the attention weights, one mask for all queries.
       dtype: of the products.
       init_scale: kernels have variance init_scale / fan_in, the query's a further head_dim below.
+      scaled: divide logits by sqrt(head_dim), as everything but T5 does; the query is then drawn like the others.
+      use_bias: on all projections.
+      kernel_init: draws the kernels instead, if given.
+      out_init: draws the output's instead, if given.
+      attend: the formula.
     """
 
     num_heads: int
@@ -47,13 +95,18 @@ class MultiHeadAttention(nn.Module):
     dropout_rate: float = 0.0
     dtype: str = "float32"
     init_scale: float = 1.0
+    scaled: bool = False
+    use_bias: bool = False
+    kernel_init: Initializer | None = None
+    out_init: Initializer | None = None
+    attend: Attend = DotProduct()
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch q_len embed"],
         context: Float[Array, "batch k_len embed"] | None = None,
-        bias: Float[Array, "#batch heads q_len _"] | None = None,
+        bias: Bias | None = None,
         mask: Mask | None = None,
         position: Int[Array, ""] | None = None,
     ) -> Float[Array, "batch q_len embed"]:
@@ -66,13 +119,15 @@ class MultiHeadAttention(nn.Module):
           x: queries.
           context: keys and values; calls with a `position` take them from the cache instead.
           bias: added to the logits.
-          mask: True where a query may look.
+          mask: which query sees which key.
           position: where `x` starts in the sequence, in cached decoding; `bias` and `mask` then cover all cached keys.
 
         Returns:
           Same shape as `x`.
         """
-        query = self._project("query", x, self.init_scale / self.head_dim)
+        query = self._project("query", x, self.init_scale if self.scaled else self.init_scale / self.head_dim)
+        if self.scaled:
+            query *= self.head_dim**-0.5
         if position is None:
             source = x if context is None else context
             key, value = self._project("key", source), self._project("value", source)
@@ -85,16 +140,17 @@ class MultiHeadAttention(nn.Module):
             )
         else:
             key, value = self._append("key", x, position), self._append("value", x, position)
-        weights = attention_weights(query, key, bias, mask)
-        weights = Dropout(self.dropout_rate)(weights).astype(self.dtype)
-        mixed = constrain(jnp.einsum("bhqk,bkhd->bqhd", weights, value), "batch", "length", "heads", "head_dim")
-        init, axes = FanInNormal(self.init_scale, in_axes=2), ("heads", "head_dim", "embed")
-        return Linear((x.shape[-1],), axes, contract=2, kernel_init=init, dtype=self.dtype, name="out")(mixed)
+        # One mask for all queries drops whole keys, so it may as well drop their values.
+        value = Dropout(self.dropout_rate, broadcast_dims=(-1,))(value)
+        mixed = constrain(self.attend(query, key, value, bias, mask), "batch", "length", "heads", "head_dim")
+        init = self.out_init or self.kernel_init or FanInNormal(self.init_scale, in_axes=2)
+        out = Linear((x.shape[-1],), ("heads", "head_dim", "embed"), 2, init, self.dtype, self.use_bias, name="out")
+        return out(mixed)
 
     def _project(self, name: str, x: Array, init_scale: float | None = None) -> Array:
-        init = FanInNormal(self.init_scale if init_scale is None else init_scale)
+        init = self.kernel_init or FanInNormal(self.init_scale if init_scale is None else init_scale)
         features, axes = (self.num_heads, self.head_dim), ("embed", "heads", "head_dim")
-        projected = Linear(features, axes, kernel_init=init, dtype=self.dtype, name=name)(x)
+        projected = Linear(features, axes, 1, init, self.dtype, self.use_bias, name=name)(x)
         return constrain(projected, "batch", "length", "heads", "head_dim")
 
     def _make_cache(self, key: Array, value: Array, keep: bool) -> None:

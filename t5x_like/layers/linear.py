@@ -1,4 +1,4 @@
-"""Matrices: linear projections over any number of dimensions, and the embedding table."""
+"""Matrices: linear projections over any number of dimensions, and how they are drawn."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from flax.typing import Initializer
 from jax.typing import DTypeLike
 
 from t5x_like.layers.parameters import parameter
-from t5x_like.typing import Array, Float, Int, PRNGKey
+from t5x_like.typing import Array, Float, PRNGKey
 
 
 def default_dtype() -> str:
@@ -39,8 +39,26 @@ class FanInNormal:
         return stddev * jax.random.normal(key, shape, dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """Normal with a fixed standard deviation, as BERT (0.02) and GPT draw their matrices.
+
+    Attributes:
+      stddev: standard deviation.
+      layers: GPT-2 divides that of what is added to the residual stream by the square root of how many such sums there
+        are (Radford et al. 2019, section 2.3): two a layer. 0 divides by nothing.
+    """
+
+    stddev: float = 0.02
+    layers: int = 0
+
+    def __call__(self, key: PRNGKey, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
+        """Draws a kernel."""
+        return self.stddev * max(2 * self.layers, 1) ** -0.5 * jax.random.normal(key, shape, dtype)
+
+
 class Linear(nn.Module):
-    """`x @ kernel` without a bias, over the last `contract` dimensions of `x`.
+    """`x @ kernel`, over the last `contract` dimensions of `x`.
 
     Flax's `DenseGeneral` with several output dimensions fails under `jax.set_mesh` with logical partitioning.
 
@@ -50,6 +68,7 @@ class Linear(nn.Module):
       contract: how many trailing dimensions of the input are summed over.
       kernel_init: initialiser; None means `FanInNormal` over the contracted dimensions.
       dtype: of the product; the kernel is kept in float32.
+      use_bias: add a learned vector, which starts at zero.
     """
 
     features: tuple[int, ...]
@@ -57,6 +76,7 @@ class Linear(nn.Module):
     contract: int = 1
     kernel_init: Initializer | None = None
     dtype: str = "float32"
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -67,33 +87,7 @@ class Linear(nn.Module):
         # As one matrix product: XLA's CPU backend takes 1.4 times as long over [batch, length] as over one long batch.
         rows = x.astype(self.dtype).reshape(-1, math.prod(shape[: self.contract]))
         product = rows @ kernel.astype(self.dtype).reshape(rows.shape[1], -1)
+        if self.use_bias:
+            bias = parameter(self, "bias", nn.initializers.zeros, self.kernel_axes[self.contract :], self.features)
+            product += bias.astype(self.dtype).reshape(1, -1)
         return product.reshape(*x.shape[: -self.contract], *self.features)
-
-
-class Embedding(nn.Module):
-    """A table of one vector per token.
-
-    Attributes:
-      vocab_size: rows; real checkpoints pad it to a multiple of 128.
-      embed_dim: columns.
-      dtype: of what comes out.
-      init_stddev: T5 draws embeddings with a standard deviation of 1.
-    """
-
-    vocab_size: int
-    embed_dim: int
-    dtype: str = "float32"
-    init_stddev: float = 1.0
-
-    def setup(self) -> None:
-        """Makes the table, which `__call__` and `attend` share."""
-        init = nn.initializers.normal(self.init_stddev)
-        self.embedding = parameter(self, "embedding", init, ("vocab", "embed"), (self.vocab_size, self.embed_dim))
-
-    def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
-        """Looks tokens up; ids outside the table raise nothing under jit, so the data layer checks them."""
-        return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
-
-    def attend(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
-        """Logits from a tied table, in float32: the inner product with every row."""
-        return jnp.einsum("ble,ve->blv", x.astype(jnp.float32), self.embedding)

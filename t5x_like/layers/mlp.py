@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+from flax.typing import Initializer
 
 from t5x_like.errors import UserError
 from t5x_like.layers.dropout import Dropout
@@ -39,6 +40,9 @@ class MlpBlock(nn.Module):
       dropout_rate: between the matrices.
       dtype: of the products.
       init_scale: kernels have variance init_scale / fan_in.
+      use_bias: on all matrices.
+      kernel_init: draws the kernels instead, if given.
+      out_init: draws the last one instead, if given.
     """
 
     mlp_dim: int
@@ -46,6 +50,9 @@ class MlpBlock(nn.Module):
     dropout_rate: float = 0.0
     dtype: str = "float32"
     init_scale: float = 1.0
+    use_bias: bool = False
+    kernel_init: Initializer | None = None
+    out_init: Initializer | None = None
 
     def __post_init__(self) -> None:
         check_activations("MlpBlock", self.activations)
@@ -56,11 +63,15 @@ class MlpBlock(nn.Module):
         self, x: Float[Array, "batch length embed"], tokens: Tokens | None = None
     ) -> Float[Array, "batch length embed"]:
         """Maps every position by itself, whatever its token."""
-        init, branches = FanInNormal(self.init_scale), []
+        branches = []
         for i, activation in enumerate(self.activations):
             name = "wi" if len(self.activations) == 1 else f"wi_{i}"
-            hidden = Linear((self.mlp_dim,), ("embed", "mlp"), kernel_init=init, dtype=self.dtype, name=name)(x)
+            hidden = self._linear(name, self.mlp_dim, ("embed", "mlp"), None)(x)
             branches.append(ACTIVATIONS[activation](hidden))
         hidden = functools.reduce(operator.mul, branches)
         hidden = constrain(Dropout(self.dropout_rate)(hidden), "batch", "length", "mlp")
-        return Linear((x.shape[-1],), ("mlp", "embed"), kernel_init=init, dtype=self.dtype, name="wo")(hidden)
+        return self._linear("wo", x.shape[-1], ("mlp", "embed"), self.out_init)(hidden)
+
+    def _linear(self, name: str, features: int, axes: tuple[str, str], init: Initializer | None) -> Linear:
+        init = init or self.kernel_init or FanInNormal(self.init_scale)
+        return Linear((features,), axes, kernel_init=init, dtype=self.dtype, use_bias=self.use_bias, name=name)

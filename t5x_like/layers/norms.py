@@ -29,3 +29,23 @@ class RMSNorm(nn.Module):
         """Normalises the last dimension."""
         scale = parameter(self, "scale", nn.initializers.ones, ("embed",), (x.shape[-1],))
         return rms_norm(x, scale, self.epsilon)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation (Ba et al. 2016): mean 0 and variance 1, then a learned scale and bias.
+
+    Attributes:
+      epsilon: added to the variance; BERT 1e-12, GPT-2 and RoBERTa 1e-5.
+    """
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        """Normalises the last dimension."""
+        scale = parameter(self, "scale", nn.initializers.ones, ("embed",), (x.shape[-1],))
+        bias = parameter(self, "bias", nn.initializers.zeros, ("embed",), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
+        return (normal * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Per-token losses. Weights, sums and means are the model's business."""
+"""Losses of tokens, and their sums over a batch."""
 
 import math
 from typing import NamedTuple
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from t5x_like.errors import UserError
-from t5x_like.typing import Array, Float, Int
+from t5x_like.models.contract import LossAndMetrics, WeightedSum
+from t5x_like.typing import Array, Float, Int, Shaped
 
 
 class TokenLoss(NamedTuple):
@@ -61,3 +62,27 @@ def cross_entropy(
         loss = log_normalizer - (confidence - low) * target - low * jnp.sum(shifted, axis=-1) - entropy
     z_losses = z_loss * jnp.square(log_normalizer + largest[..., 0])
     return TokenLoss(loss + z_losses, z_losses)
+
+
+def loss_and_metrics(
+    logits: Float[Array, "*batch vocab"],
+    targets: Int[Array, "*batch"],
+    weights: Shaped[Array, "*batch"],
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> LossAndMetrics:
+    """`cross_entropy` and accuracy, summed over the targets that have a weight."""
+    weights = jnp.asarray(weights, jnp.float32)
+    tokens = cross_entropy(logits, targets, label_smoothing, z_loss)
+    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    values = {"loss": tokens.loss, "accuracy": correct, "z_loss": tokens.z_loss}
+    sums = {name: WeightedSum((each * weights).sum(), weights.sum()) for name, each in values.items()}
+    return LossAndMetrics(sums.pop("loss"), sums)
+
+
+def log_likelihood(
+    logits: Float[Array, "batch *rest vocab"], targets: Int[Array, "batch *rest"], weights: Shaped[Array, "batch *rest"]
+) -> Float[Array, " batch"]:
+    """The log-probability of each row's weighted targets together, in nats."""
+    tokens = cross_entropy(logits, targets).loss * jnp.asarray(weights, jnp.float32)
+    return -tokens.reshape(len(tokens), -1).sum(axis=-1)

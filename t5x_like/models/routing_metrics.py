@@ -5,10 +5,17 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from t5x_like.layers.moe import RouterReport
-from t5x_like.models.contract import WeightedSum
+from t5x_like.models.contract import LossAndMetrics, WeightedSum
 from t5x_like.typing import Scalar
 
 SCALARS = ("balance_loss", "z_loss", "entropy", "confidence", "dropped")
+
+
+def with_routing(sums: LossAndMetrics, reports: Mapping[str, RouterReport]) -> LossAndMetrics:
+    """A model's loss and metrics with those of its sparse layers."""
+    loss = sums.loss
+    total = loss.total + loss.weight * auxiliary_loss(reports)
+    return LossAndMetrics(loss._replace(total=total), sums.metrics | routing_metrics(reports))
 
 
 def auxiliary_loss(reports: Mapping[str, RouterReport]) -> Scalar:

@@ -116,7 +116,7 @@ def test_another_config_in_the_same_folder_is_refused_with_what_differs(
     assert train_tiny(trained, "--gin.DROPOUT_RATE=0.2", "--gin.SEED=1", "--gin.SAVE_PERIOD=5") == 2
     message = capfd.readouterr().err
     assert "configured otherwise" in message
-    assert "t5.Encoder.dropout_rate: 0.1 -> 0.2" in message
+    assert "transformer.Encoder.dropout_rate: 0.1 -> 0.2" in message
     assert "trainer.Trainer.seed: 0 -> 1" in message
     assert "save_period" not in message  # may change
     assert "Traceback" not in message

@@ -5,6 +5,8 @@ import pytest
 from tiny_t5 import quick_jit
 
 from t5x_like.layers.attention import MultiHeadAttention, attention_weights
+from t5x_like.layers.linear import Normal
+from t5x_like.layers.masks import Mask
 
 BATCH, QUERIES, KEYS, HEADS, HEAD_DIM, EMBED = 2, 3, 5, 2, 4, 7  # heads * head_dim is not embed
 RNG = np.random.default_rng(0)
@@ -53,7 +55,7 @@ def test_a_query_that_sees_nothing_is_uniform_and_has_finite_gradients() -> None
     mask[1, 0, 2] = False
 
     def total(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        weights = attention_weights(query, key, mask=jnp.asarray(mask))
+        weights = attention_weights(query, key, allowed=jnp.asarray(mask))
         return (weights**2).sum(), weights
 
     gradients, weights = jax.grad(total, argnums=(0, 1), has_aux=True)(*jax_arrays(QUERY, KEY))
@@ -89,8 +91,11 @@ def naive_attention(
 
 
 def test_attends_to_itself_or_to_a_context() -> None:
-    found = ATTENTION.apply({"params": PARAMS}, *jax_arrays(X, CONTEXT, BIAS, MASK))
-    np.testing.assert_allclose(found, naive_attention(X, CONTEXT, BIAS, MASK), rtol=1e-4, atol=1e-5)
+    key_segments = np.array([[1, 1, 0, 1, 0], [1, 0, 1, 1, 1]])
+    mask = Mask(jnp.arange(QUERIES), jnp.arange(KEYS), key_segments=jnp.asarray(key_segments))
+    found = ATTENTION.apply({"params": PARAMS}, *jax_arrays(X, CONTEXT, BIAS), mask)
+    allowed = np.broadcast_to(key_segments[:, None, None] > 0, (BATCH, 1, QUERIES, KEYS))
+    np.testing.assert_allclose(found, naive_attention(X, CONTEXT, BIAS, allowed), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
         ATTENTION.apply({"params": PARAMS}, jnp.asarray(X)), naive_attention(X, X), rtol=1e-4, atol=1e-5
     )
@@ -107,11 +112,10 @@ def test_cache_of_its_own_keys_fills_from_a_position_on() -> None:
     assert not any(np.asarray(entry).any() for entry in made["cache"].values())
     cache, found = made["cache"], []
     for position, step in ((0, 1), (1, 2), (3, 1)):
-        mask = jnp.arange(4)[None, :] <= position + jnp.arange(step)[:, None]
         out, updated = ATTENTION.apply(
             variables | {"cache": cache},
             jnp.asarray(long[:, position : position + step]),
-            mask=jnp.broadcast_to(mask, (BATCH, 1, step, 4)),
+            mask=Mask(position + jnp.arange(step), jnp.arange(4), causal=True),
             position=jnp.asarray(position),
             mutable=["cache"],
         )
@@ -143,3 +147,22 @@ def test_dropout_of_weights_is_one_mask_for_all_queries() -> None:
     out = attention.apply({"params": PARAMS}, *jax_arrays(x, CONTEXT), rngs={"dropout": jax.random.key(1)})
     np.testing.assert_allclose(out[:, 1:], np.repeat(out[:, :1], QUERIES - 1, axis=1), rtol=1e-5, atol=1e-6)
     assert (np.abs(out - naive_attention(x, CONTEXT)) > 1e-3).any()
+
+
+def test_scaled_queries_and_biases() -> None:
+    attention = MultiHeadAttention(HEADS, HEAD_DIM, scaled=True, use_bias=True)
+    biases = {name: random(*kernel.shape[-1:] if name == "out" else kernel.shape[1:]) for name, kernel in KERNELS.items()}
+    params = {name: {"kernel": jnp.asarray(KERNELS[name]), "bias": jnp.asarray(biases[name])} for name in KERNELS}
+    query, key, value = (
+        np.einsum("ble,ehd->blhd", X, KERNELS[name]) + biases[name] for name in ("query", "key", "value")
+    )
+    mixed = np.einsum("bhqk,bkhd->bqhd", naive_weights(query / HEAD_DIM**0.5, key), value)
+    expected = np.einsum("bqhd,hde->bqe", mixed, KERNELS["out"]) + biases["out"]
+    np.testing.assert_allclose(attention.apply({"params": params}, jnp.asarray(X)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_drawn_otherwise() -> None:
+    attention = MultiHeadAttention(20, 30, scaled=True, kernel_init=Normal(0.02), out_init=Normal(0.02, layers=8))
+    params = quick_jit(attention.init)(jax.random.key(0), jnp.zeros((1, 2, 50)))["params"]
+    stddevs = {name: float(kernel["kernel"].value.std()) for name, kernel in params.items()}
+    assert stddevs == pytest.approx({"query": 0.02, "key": 0.02, "value": 0.02, "out": 0.02 / 4}, rel=0.02)

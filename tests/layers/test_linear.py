@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from tiny_t5 import quick_jit
 
-from t5x_like.layers.linear import Embedding, FanInNormal, Linear, default_dtype
+from t5x_like.layers.embeddings import Embedding
+from t5x_like.layers.linear import FanInNormal, Linear, default_dtype
 from t5x_like.typing import Params
 
 

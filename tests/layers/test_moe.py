@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from naive_moe import Naive
 
-from t5x_like.architectures.t5 import DecoderLayer
+from t5x_like.architectures.transformer import DecoderLayer
 from t5x_like.architectures.variables import logical_axes
 from t5x_like.errors import UserError
 from t5x_like.layers.attention import MultiHeadAttention
