@@ -1,4 +1,4 @@
-"""What stands on an encoder: `head(hidden, attend, positions)`, where `attend` gives logits from the embedding table."""
+"""What stands on an encoder: `head(hidden, attend, positions)`; `attend` gives logits from the embedding table."""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias

@@ -38,7 +38,7 @@ class Embedding(nn.Module):
         positions: Int[Array, "#batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length embed"]:
-        """Looks tokens up, wherever they stand; ids outside the table raise nothing under jit: the data layer checks."""
+        """Looks tokens up, wherever they stand. Ids outside the table raise nothing: the data layer checks."""
         return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
 
     def attend(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:

@@ -57,22 +57,38 @@ class Mask:
             allowed &= jnp.broadcast_to(seen, allowed.shape)
         return allowed[:, None]
 
+    @property
+    def local(self) -> bool:
+        """Whether positions hide keys, so that whole blocks may be hidden."""
+        return (self.causal or self.radius is not None) and self.seen_by_all is None
+
+    def reaches(self) -> Bool[Array, ""]:
+        """False where positions alone tell that no query sees any key."""
+        ahead = self.key_positions.min() - self.query_positions.max()
+        behind = self.query_positions.min() - self.key_positions.max()
+        reaches = jnp.logical_not(self.causal & (ahead > 0))
+        return reaches if self.radius is None else reaches & (jnp.maximum(ahead, behind) <= self.radius)
+
     def queries(self, start: Int[Array, ""] | int, size: int) -> "Mask":
         """The mask of `size` queries from `start` on."""
-        return self._cut(("query_positions", "query_segments"), start, size)
+        return dataclasses.replace(
+            self,
+            query_positions=_cut(self.query_positions, start, size),
+            query_segments=_cut(self.query_segments, start, size),
+        )
 
     def keys(self, start: Int[Array, ""] | int, size: int) -> "Mask":
         """The mask of `size` keys from `start` on."""
-        return self._cut(("key_positions", "key_segments", "seen_by_all"), start, size)
+        return dataclasses.replace(
+            self,
+            key_positions=_cut(self.key_positions, start, size),
+            key_segments=_cut(self.key_segments, start, size),
+            seen_by_all=_cut(self.seen_by_all, start, size),
+        )
 
-    def _cut(self, names: tuple[str, ...], start: Int[Array, ""] | int, size: int) -> "Mask":
-        parts = {name: getattr(self, name) for name in names}
-        cut = {
-            name: jax.lax.dynamic_slice_in_dim(array, start, size, axis=-1)
-            for name, array in parts.items()
-            if array is not None
-        }
-        return dataclasses.replace(self, **cut)
+
+def _cut(array: Array | None, start: Int[Array, ""] | int, size: int) -> Array | None:
+    return None if array is None else jax.lax.dynamic_slice_in_dim(array, start, size, axis=-1)
 
 
 def within(length: int, segments: Int[Array, "batch length"] | None = None, causal: bool = False) -> Mask:

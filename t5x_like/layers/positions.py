@@ -1,11 +1,14 @@
 """Where a token stands: T5's relative position buckets."""
 
+import dataclasses
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from t5x_like.layers.parameters import parameter
-from t5x_like.typing import Array, Float, Int
+from t5x_like.typing import Array, Float, Int, PyTree
 
 
 def relative_position_bucket(
@@ -31,6 +34,62 @@ def relative_position_bucket(
     return offset + jnp.where(distance < exact, distance, logarithmic.astype(relative_position.dtype))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BucketBias:
+    """T5's bias before it is written out, so that attention can compute any block of it by itself.
+
+    A pytree, so that it passes through scan and rematerialisation. (Its arrays are annotated loosely: JAX also builds
+    one of placeholders.)
+
+    Attributes:
+      table: a number per head and bucket, `[heads, num_buckets]`.
+      query_positions: of each query, `[q_len]`.
+      key_positions: of each key, `[k_len]`.
+      bidirectional: see `relative_position_bucket`, as for the others.
+      num_buckets: columns of the table.
+      max_distance: from here on all distances look alike.
+    """
+
+    table: PyTree
+    query_positions: PyTree
+    key_positions: PyTree
+    bidirectional: bool = dataclasses.field(metadata={"static": True})
+    num_buckets: int = dataclasses.field(metadata={"static": True})
+    max_distance: int = dataclasses.field(metadata={"static": True})
+
+    def values(self) -> Float[Array, "1 heads q_len k_len"]:
+        """The bias written out."""
+        return self._of(self.key_positions[None, :] - self.query_positions[:, None])[None]
+
+    def diagonals(self) -> Float[Array, "heads diagonals"]:
+        """The bias where both positions are consecutive: entry `q_len - 1 + i` is that of column - row = i.
+
+        `q_len + k_len - 1` numbers then say it all. They are NaN where a position does not follow the one before it,
+        lest a bias that has no such diagonals be taken for one.
+        """
+        first = self.key_positions[0] - self.query_positions[-1]
+        count = len(self.query_positions) + len(self.key_positions) - 1
+        steps = jnp.concatenate([jnp.diff(self.query_positions), jnp.diff(self.key_positions)])
+        return jnp.where((steps == 1).all(), self._of((first + jnp.arange(count))[None])[:, 0], jnp.nan)
+
+    def queries(self, start: Int[Array, ""] | int, size: int) -> "BucketBias":
+        """The bias of `size` queries from `start` on."""
+        return dataclasses.replace(self, query_positions=_cut(self.query_positions, start, size))
+
+    def keys(self, start: Int[Array, ""] | int, size: int) -> "BucketBias":
+        """The bias of `size` keys from `start` on."""
+        return dataclasses.replace(self, key_positions=_cut(self.key_positions, start, size))
+
+    def _of(self, distance: Int[Array, "rows columns"]) -> Float[Array, "heads rows columns"]:
+        bucket = relative_position_bucket(distance, self.bidirectional, self.num_buckets, self.max_distance)
+        return jnp.take(self.table, bucket, axis=1)
+
+
+def _cut(positions: Int[Array, " length"], start: Int[Array, ""] | int, size: int) -> Int[Array, " size"]:
+    return jax.lax.dynamic_slice_in_dim(positions, start, size)
+
+
 class RelativePositionBias(nn.Module):
     """A learned number per head and bucket, added to attention logits.
 
@@ -46,13 +105,23 @@ class RelativePositionBias(nn.Module):
     max_distance: int = 128
     bidirectional: bool = True
 
-    @nn.compact
     def __call__(
         self, query_positions: Int[Array, " q_len"], key_positions: Int[Array, " k_len"]
-    ) -> Float[Array, "1 heads q_len k_len"]:
+    ) -> Float[Array, "1 heads q_len k_len"] | BucketBias:
         """The bias between positions; only differences count, so packed rows may use their plain column numbers."""
+        return self._bias(query_positions, key_positions).values()
+
+    @nn.compact
+    def _bias(self, query_positions: Array, key_positions: Array) -> BucketBias:
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         table = parameter(self, "rel_embedding", init, ("heads", None), (self.num_heads, self.num_buckets))
-        distance = key_positions[None, :] - query_positions[:, None]
-        bucket = relative_position_bucket(distance, self.bidirectional, self.num_buckets, self.max_distance)
-        return jnp.take(table, bucket, axis=1)[None]
+        buckets = (self.bidirectional, self.num_buckets, self.max_distance)
+        return BucketBias(table, query_positions, key_positions, *buckets)
+
+
+class BlockwiseRelativePositionBias(RelativePositionBias):
+    """The same bias, never written out: attention that goes block by block (`Chunked`) computes the block it needs."""
+
+    def __call__(self, query_positions: Int[Array, " q_len"], key_positions: Int[Array, " k_len"]) -> BucketBias:
+        """What makes the bias between positions."""
+        return self._bias(query_positions, key_positions)

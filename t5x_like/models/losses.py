@@ -81,8 +81,9 @@ def loss_and_metrics(
 
 
 def log_likelihood(
-    logits: Float[Array, "batch *rest vocab"], targets: Int[Array, "batch *rest"], weights: Shaped[Array, "batch *rest"]
+    logits: Float[Array, "batch length vocab"],
+    targets: Int[Array, "batch length"],
+    weights: Shaped[Array, "batch length"],
 ) -> Float[Array, " batch"]:
     """The log-probability of each row's weighted targets together, in nats."""
-    tokens = cross_entropy(logits, targets).loss * jnp.asarray(weights, jnp.float32)
-    return -tokens.reshape(len(tokens), -1).sum(axis=-1)
+    return -(cross_entropy(logits, targets).loss * jnp.asarray(weights, jnp.float32)).sum(axis=-1)

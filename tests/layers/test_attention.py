@@ -151,7 +151,8 @@ def test_dropout_of_weights_is_one_mask_for_all_queries() -> None:
 
 def test_scaled_queries_and_biases() -> None:
     attention = MultiHeadAttention(HEADS, HEAD_DIM, scaled=True, use_bias=True)
-    biases = {name: random(*kernel.shape[-1:] if name == "out" else kernel.shape[1:]) for name, kernel in KERNELS.items()}
+    heads = (HEADS, HEAD_DIM)
+    biases = {name: random(*shape) for name, shape in zip(KERNELS, (heads, heads, heads, (EMBED,)), strict=True)}
     params = {name: {"kernel": jnp.asarray(KERNELS[name]), "bias": jnp.asarray(biases[name])} for name in KERNELS}
     query, key, value = (
         np.einsum("ble,ehd->blhd", X, KERNELS[name]) + biases[name] for name in ("query", "key", "value")
