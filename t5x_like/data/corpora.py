@@ -10,6 +10,13 @@ from t5x_like.errors import UserError
 
 FILES = Path(__file__).parent / "files"
 
+SUPERSENSES = (
+    *("Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling"),
+    *("food", "group", "location", "motive", "object", "person", "phenomenon", "plant", "possession", "process"),
+    *("quantity", "relation", "shape", "state", "substance", "time"),
+)
+"""WordNet's 26 classes of nouns."""
+
 
 class Paragraph(NamedTuple):
     """A paragraph of a novel."""

@@ -28,7 +28,7 @@ import seqio
 import tensorflow as tf
 
 from t5x_like.data import tasks
-from t5x_like.data.packing import Example, FeatureConverter, Row
+from t5x_like.data.packing import Example, FeatureConverter, Row, check_lengths
 from t5x_like.errors import UserError
 
 BLOCK = 1024
@@ -53,7 +53,8 @@ class DatasetConfig:
 
     Attributes:
       mixture_or_task_name: a registered seqio task or mixture.
-      task_feature_lengths: maximum length of each task feature, in tokens.
+      task_feature_lengths: maximum length of `inputs` and of `targets`, in tokens; what goes along with one of
+        them, such as `segment_ids`, is as long as it.
       batch_size: rows of the global batch.
       split: e.g. `train`; a mixture leaves out the tasks that lack it, as in seqio.
       shuffle: read the source in random order, and shuffle examples in the task's buffer.
@@ -78,13 +79,13 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         """Raises `UserError` for a number that can never work."""
-        sizes = {"batch_size": self.batch_size, "num_shards": self.num_shards}
-        sizes |= {f"task_feature_lengths[{name!r}]": size for name, size in self.task_feature_lengths.items()}
-        for name, value in sizes.items():
+        for name, value in {"batch_size": self.batch_size, "num_shards": self.num_shards}.items():
             if value < 1:
                 raise UserError(f"DatasetConfig.{name} is {value}; it must be at least 1")
-        if self.seed < 0:
-            raise UserError(f"DatasetConfig.seed is {self.seed}; it must not be negative")
+        lengths = {f"task_feature_lengths[{name!r}]": size for name, size in self.task_feature_lengths.items()}
+        for name, value in {"seed": self.seed, **lengths}.items():
+            if value < 0:
+                raise UserError(f"DatasetConfig.{name} is {value}; it must not be negative")
 
 
 class WeightedTask(NamedTuple):
@@ -230,9 +231,11 @@ class TrainLoader:
 
     def _rows(self, shard: int, start: ShardPosition) -> Iterator[tuple[Row, ShardPosition]]:
         """Rows of one shard, each with the position after it."""
-        config, features = self._config, self._converter.task_features
-        places = start["tasks"]
-        streams = [_TaskStream(task, config, features, shard, *places[task.name]) for task, _ in self._mixed]
+        config, places = self._config, start["tasks"]
+        streams = [
+            _TaskStream(task, config, _features_read(task, self._converter), shard, *places[task.name])
+            for task, _ in self._mixed
+        ]
         readers = [stream.examples() for stream in streams]
         done = start["row"]
         for block in itertools.count(start["block"]):
@@ -303,14 +306,16 @@ def eval_batches(
     share = config.batch_size // process_count
     own_rows = slice(process_index * share, (process_index + 1) * share)
 
+    features = _features_read(task, converter)
+
     def batches() -> Iterator[EvalBatch]:
-        dataset = _open(task, config, converter.task_features, shard=0, epoch=0)
+        dataset = _open(task, config, features, shard=0, epoch=0)
         examples = (dataset if limit is None else dataset.take(limit)).as_numpy_iterator()
         real = list(itertools.islice(examples, config.batch_size))
         if not real:
             raise _empty(task, config)
         while real:
-            tokens = [{name: example[name] for name in converter.task_features} for example in real]
+            tokens = [{name: example[name] for name in features} for example in real]
             rows = [[example] for example in tokens] + [[]] * (config.batch_size - len(real))
             batch = converter.convert(rows[own_rows], config.task_feature_lengths, packed=False)
             yield EvalBatch(batch, real)
@@ -371,10 +376,8 @@ def _check_divisible(batch_size: int, by: int) -> None:
 
 def _check_task(task: seqio.Task, config: DatasetConfig, converter: FeatureConverter) -> None:
     reader = type(converter).__name__
+    check_lengths(converter, config.task_feature_lengths)
     for feature in converter.task_features:
-        if feature not in config.task_feature_lengths:
-            known = ", ".join(config.task_feature_lengths)
-            raise UserError(f"DatasetConfig.task_feature_lengths has {known}; {reader} reads {feature!r}")
         if feature not in task.output_features:
             known = ", ".join(task.output_features)
             raise UserError(f"task {task.name!r} gives {known}; {reader} reads {feature!r}")
@@ -384,6 +387,11 @@ def _check_task(task: seqio.Task, config: DatasetConfig, converter: FeatureConve
         raise UserError(f"DatasetConfig.use_cached: {task.name!r} is in none of seqio's cache directories")
     if task.requires_caching and not config.use_cached:
         raise UserError(f"task {task.name!r} must be read cached: set DatasetConfig.use_cached to True")
+
+
+def _features_read(task: seqio.Task, converter: FeatureConverter) -> tuple[str, ...]:
+    optional = (feature for feature in converter.optional_features if feature in task.output_features)
+    return (*converter.task_features, *optional)
 
 
 def _empty(task: seqio.Task, config: DatasetConfig, part: str = "") -> UserError:
@@ -467,9 +475,10 @@ class _TaskStream:
     index: int  # examples of this epoch already given
 
     def examples(self) -> Iterator[Example]:
+        pad_ids = {name: self.task.output_features[name].vocabulary.pad_id for name in self.features}
         while True:
             dataset = _open(self.task, self.config, self.features, self.shard, self.epoch)
-            for example in _unpadded(dataset.skip(self.index), self.features):
+            for example in _unpadded(dataset.skip(self.index), pad_ids):
                 self.index += 1
                 yield example
             if self.index == 0:
@@ -477,13 +486,14 @@ class _TaskStream:
             self.epoch, self.index = self.epoch + 1, 0
 
 
-def _unpadded(dataset: tf.data.Dataset, features: Sequence[str]) -> Iterator[Example]:
-    """The token features of each example without zeros at their end; chunks leave TensorFlow at once."""
-    vectors = dataset.map(lambda example: {name: example[name] for name in features})
-    for chunk in vectors.padded_batch(_CHUNK).prefetch(1).as_numpy_iterator():
+def _unpadded(dataset: tf.data.Dataset, pad_ids: Mapping[str, int]) -> Iterator[Example]:
+    """The features of each example without padding at their end; chunks leave TensorFlow at once."""
+    vectors = dataset.map(lambda example: {name: example[name] for name in pad_ids})
+    padding = {name: tf.constant(pad_ids[name], spec.dtype) for name, spec in vectors.element_spec.items()}
+    for chunk in vectors.padded_batch(_CHUNK, padding_values=padding).prefetch(1).as_numpy_iterator():
         columns = []
-        for tokens in chunk.values():
-            places = np.where(tokens != 0, np.arange(1, tokens.shape[1] + 1), 0)
+        for name, tokens in chunk.items():
+            places = np.where(tokens != pad_ids[name], np.arange(1, tokens.shape[1] + 1), 0)
             sizes = places.max(axis=1, initial=0).tolist()
             columns.append([row[:size] for row, size in zip(tokens, sizes, strict=True)])
         for values in zip(*columns, strict=True):

@@ -42,6 +42,54 @@ def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, fl
     }
 
 
+def label_accuracy(targets: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> dict[str, float]:
+    """How well labels of words are found, over the words of all examples together.
+
+    Args:
+        targets: the labels of each example.
+        predictions: as many, from the model.
+
+    Returns:
+        `label_accuracy`; `majority_label_accuracy`, of a model that always answers the most frequent label; and
+        `label_f1`: F1 over all the other labels (micro-averaged), which is 0 for that model.
+    """
+    if any(len(labels) != len(answers) for labels, answers in _pairs(targets, predictions)):
+        raise UserError("label_accuracy: a prediction does not have as many labels as its target")
+    pairs = [pair for labels, answers in _pairs(targets, predictions) for pair in zip(labels, answers, strict=True)]
+    [(usual, count)] = Counter(label for label, _ in pairs).most_common(1)
+    hits = sum(label == answer != usual for label, answer in pairs)
+    wanted, found = (sum(pair[side] != usual for pair in pairs) for side in (0, 1))
+    return {
+        "label_accuracy": _mean([float(label == answer) for label, answer in pairs]),
+        "majority_label_accuracy": count / len(pairs),
+        "label_f1": 2 * hits / max(wanted + found, 1),
+    }
+
+
+def span_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """How well spans of tokens are found, as for SQuAD (Rajpurkar et al. 2016), but by places, not words.
+
+    Args:
+        targets: each span as the positions of its first and last token: `3 7`.
+        predictions: likewise; one that ends before it begins is empty.
+
+    Returns:
+        `span_exact_match`; `majority_span_exact_match`, of a model that always answers the most frequent span; and
+        `span_f1`, of the tokens in the spans, on average over examples.
+    """
+    scores = []
+    for target, answer in _pairs(targets, predictions):
+        (first, last), (start, end) = (map(int, span.split()) for span in (target, answer))
+        overlap = max(0, min(last, end) - max(first, start) + 1)
+        scores.append(2 * overlap / (last - first + 1 + max(0, end - start + 1)))
+    exact = accuracy(targets, predictions)
+    return {
+        "span_exact_match": exact["accuracy"],
+        "majority_span_exact_match": exact["majority_accuracy"],
+        "span_f1": _mean(scores),
+    }
+
+
 def sequence_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
     """The share of texts that are right to the last character, as `sequence_accuracy`."""
     right = [float(target == text) for target, text in _pairs(targets, predictions)]

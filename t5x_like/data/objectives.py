@@ -163,7 +163,7 @@ def concatenate_and_split(dataset: tf.data.Dataset, key: str, length: int) -> tf
         A dataset of chunks, `[length]`.
     """
     documents = dataset.map(lambda example: example[key], num_parallel_calls=tf.data.AUTOTUNE)
-    return documents.unbatch().batch(length)
+    return documents.rebatch(length)
 
 
 def _raw_length(

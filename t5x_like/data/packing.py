@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from t5x_like.errors import UserError
 from t5x_like.typing import Int
 
 Example = Mapping[str, np.ndarray]
@@ -21,7 +22,17 @@ class FeatureConverter(Protocol):
 
     @property
     def task_features(self) -> tuple[str, ...]:
-        """Names of the task features read, e.g. `("inputs", "targets")`."""
+        """Names of the task features that a task must give, e.g. `("inputs", "targets")`."""
+        ...
+
+    @property
+    def optional_features(self) -> tuple[str, ...]:
+        """Names of the task features that are read where a task gives them, e.g. `("segment_ids",)`."""
+        ...
+
+    @property
+    def min_lengths(self) -> Mapping[str, int]:
+        """The names in `lengths` that it needs, and the least each may be; other features are as long as these."""
         ...
 
     def pack(self, examples: Sequence[Example], lengths: Mapping[str, int]) -> list[list[int]]:
@@ -47,6 +58,8 @@ class EncoderDecoderFeatures:
     """`inputs` for the encoder, `targets` for the decoder, laid out as by `seqio.EncDecFeatureConverter`."""
 
     task_features: ClassVar[tuple[str, ...]] = ("inputs", "targets")
+    optional_features: ClassVar[tuple[str, ...]] = ()
+    min_lengths: ClassVar[Mapping[str, int]] = {"inputs": 1, "targets": 1}
 
     def pack(self, examples: Sequence[Example], lengths: Mapping[str, int]) -> list[list[int]]:
         """First-fit: see `pack`."""
@@ -68,10 +81,10 @@ class EncoderDecoderFeatures:
         Raises:
           ValueError: the examples of a row are longer than it, or several share a row that is not `packed`.
         """
-        if not packed and any(len(row) > 1 for row in rows):
-            raise ValueError("convert: several examples share a row; pass packed=True")
-        encoder = _lay_out(rows, "inputs", lengths["inputs"])
-        decoder = _lay_out(rows, "targets", lengths["targets"])
+        if not packed:
+            check_one_each(rows, "pass packed=True")
+        encoder = lay_out(rows, "inputs", lengths["inputs"])
+        decoder = lay_out(rows, "targets", lengths["targets"])
         shifted = np.pad(decoder.tokens, ((0, 0), (1, 0)))[:, :-1]
         batch = {
             "encoder_input_tokens": encoder.tokens,
@@ -115,7 +128,25 @@ def pack(examples: Sequence[Example], lengths: Mapping[str, int]) -> list[list[i
     return rows
 
 
-class _Layout(NamedTuple):
+def check_lengths(converter: FeatureConverter, lengths: Mapping[str, int]) -> None:
+    """Raises `UserError` where `lengths`, of a `DatasetConfig`, lacks what `converter` needs or has it too short."""
+    reader = type(converter).__name__
+    for feature, least in converter.min_lengths.items():
+        if feature not in lengths:
+            known = ", ".join(lengths)
+            raise UserError(f"DatasetConfig.task_feature_lengths has {known}; {reader} reads {feature!r}")
+        if lengths[feature] < least:
+            name = f"DatasetConfig.task_feature_lengths[{feature!r}]"
+            raise UserError(f"{name} is {lengths[feature]}; {reader} needs at least {least}")
+
+
+def check_one_each(rows: Sequence[Row], remedy: str) -> None:
+    """Raises `ValueError`, with the remedy, where several examples share a row."""
+    if any(len(row) > 1 for row in rows):
+        raise ValueError(f"convert: several examples share a row; {remedy}")
+
+
+class Layout(NamedTuple):
     """One feature of all rows: its tokens, the example each is of (from 1), and its place there (from 0)."""
 
     tokens: Int[np.ndarray, "rows length"]
@@ -123,8 +154,12 @@ class _Layout(NamedTuple):
     positions: Int[np.ndarray, "rows length"]
 
 
-def _lay_out(rows: Sequence[Row], feature: str, length: int) -> _Layout:
-    """Writes `feature` of every row's examples one behind the other, all rows at once."""
+def lay_out(rows: Sequence[Row], feature: str, length: int) -> Layout:
+    """Writes `feature` of every row's examples one behind the other, all rows at once, each cut to `length`.
+
+    Raises:
+      ValueError: the examples of a row are longer than it.
+    """
     examples = [example[feature][:length] for row in rows for example in row]
     row_of_example = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     segment_of_example = np.array([place for row in rows for place in range(1, len(row) + 1)], dtype=int)
@@ -132,7 +167,7 @@ def _lay_out(rows: Sequence[Row], feature: str, length: int) -> _Layout:
     row_sizes = np.bincount(row_of_example, weights=sizes, minlength=len(rows)).astype(int)
     if row_sizes.max(initial=0) > length:
         raise ValueError(f"convert: {row_sizes.max()} tokens of {feature!r} in one row, whose length is {length}")
-    layout = _Layout(*(np.zeros((len(rows), length), np.int32) for _ in _Layout._fields))
+    layout = Layout(*(np.zeros((len(rows), length), np.int32) for _ in Layout._fields))
     row = np.repeat(row_of_example, sizes)
     column = _count_up(row_sizes)
     layout.tokens[row, column] = np.concatenate(examples) if examples else 0

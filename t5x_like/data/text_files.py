@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import seqio
 
-from t5x_like.data.tasks import CorpusSource
+from t5x_like.data.sources import CorpusSource
 from t5x_like.errors import UserError
 
 SPLIT = "all"

@@ -19,8 +19,10 @@ import seqio
 import tensorflow as tf
 
 from t5x_like.data import loader
+from t5x_like.data.features import ClassificationFeatures, DecoderFeatures
 from t5x_like.data.loader import DatasetConfig, EvalBatch, Position, TrainLoader, eval_batches, prefetch
 from t5x_like.data.packing import EncoderDecoderFeatures
+from t5x_like.data.vocabularies import numbers_vocabulary
 from t5x_like.errors import UserError
 
 CONVERTER = EncoderDecoderFeatures()
@@ -55,6 +57,14 @@ def plain(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     """`id % 4 + 1` tokens of inputs, then padding; two of targets."""
     inputs = tf.pad(tf.repeat(example["id"], example["id"] % 4 + 1), [[0, 3]])
     return {"inputs": inputs, "targets": tf.stack([example["id"], 1]), "id": example["id"]}
+
+
+class PadsWithOne(seqio.PassThroughVocabulary):
+    """As RoBERTa's: its 0 starts a text."""
+
+    @property
+    def pad_id(self) -> int:
+        return 1
 
 
 class Subclass(seqio.Task):
@@ -134,6 +144,28 @@ def test_packed_rows_by_hand_leave_out_the_padding_that_a_task_gives(monkeypatch
         batch["decoder_segment_ids"], [[1, 1, 2, 2, 3, 3], [1, 1, 2, 2, 0, 0], [1, 1, 2, 2, 0, 0]]
     )
     assert position == {"0": {"block": 0, "row": 3, "tasks": {"loader_plain": [0, 0]}}}
+
+
+def test_zeros_at_the_end_are_padding_only_where_the_vocabulary_says_so() -> None:
+    number = seqio.Feature(numbers_vocabulary(9), add_eos=False)
+    roberta = seqio.Feature(PadsWithOne(9), add_eos=False)
+    examples = [([5, 0, 1, 1], [3, 0], [0, 0, 1]), ([5, 6, 7, 8], [0, 0], [0, 1, 1])]
+    names = ("inputs", "targets", "segment_ids")
+    rows = tf.data.Dataset.from_generator(
+        lambda: (dict(zip(names, row, strict=True)) for row in examples),
+        output_signature={name: tf.TensorSpec([None], tf.int32) for name in names},
+    )
+    source = seqio.FunctionDataSource(lambda split, shuffle_files: rows, ["train"])
+    features = {"inputs": roberta, "targets": number, "segment_ids": number}
+    seqio.TaskRegistry.add("loader_zeros", source, features, [])
+    settings = DatasetConfig("loader_zeros", {"inputs": 5, "targets": 3}, 2, shuffle=False)
+    batch, _ = next(TrainLoader(settings, ClassificationFeatures(pad_id=1)).batches())
+    np.testing.assert_array_equal(batch["encoder_input_tokens"], [[5, 0, 1, 1, 1], [5, 6, 7, 8, 1]])
+    np.testing.assert_array_equal(batch["target_tokens"], [[3, 0, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(batch["target_weights"], [[1, 1, 0], [1, 1, 0]])
+    np.testing.assert_array_equal(batch["segment_ids"], [[0, 0, 1, 0, 0], [0, 1, 1, 0, 0]])
+    evaluated = next(eval_batches(settings, seqio.TaskRegistry.get("loader_zeros"), ClassificationFeatures(pad_id=1)))
+    assert_same(evaluated.batch, batch)
 
 
 @pytest.mark.parametrize("name", ["loader_37", "loader_subclass"])
@@ -316,6 +348,9 @@ class TestMistakes:
             config("loader_plain", 0)
         with pytest.raises(UserError, match=r"DatasetConfig.task_feature_lengths\['targets'\] is -1; it must"):
             config("loader_plain", 1, {"inputs": 4, "targets": -1})
+        settings = config("loader_plain", 1, {"inputs": 0, "targets": 4})  # right for a decoder, but not for an encoder
+        self.refused(settings, r"task_feature_lengths\['inputs'\] is 0; EncoderDecoderFeatures needs at least 1")
+        next(TrainLoader(settings, DecoderFeatures()).batches())
         with pytest.raises(UserError, match=r"DatasetConfig.seed is -1; it must not be negative"):
             dataclasses.replace(config("loader_plain"), seed=-1)
 

@@ -9,6 +9,8 @@ from t5x_like.errors import UserError
 
 PREDICTION_METRICS = [
     metrics.accuracy,
+    metrics.label_accuracy,
+    metrics.span_f1,
     metrics.sequence_accuracy,
     metrics.token_f1,
     metrics.bleu,
@@ -23,6 +25,30 @@ def test_accuracy_stands_beside_that_of_the_most_frequent_target() -> None:
     found = metrics.accuracy(["food", "food", "food", "animal"], ["food", "animal", "food", "animal"])
     assert found == {"accuracy": 0.75, "majority_accuracy": 0.75}
     assert metrics.accuracy(["a", "b"], ["a", "b"]) == {"accuracy": 1.0, "majority_accuracy": 0.5}
+
+
+def test_labels_of_words_count_alike_in_short_and_long_texts() -> None:
+    targets = [["none", "none", "comma", "none"], ["period"]]
+    predictions = [["none", "comma", "comma", "none"], ["comma"]]
+    # F1 over comma and period: one found rightly, of two wanted and three found.
+    assert metrics.label_accuracy(targets, predictions) == {
+        "label_accuracy": 0.6,
+        "majority_label_accuracy": 0.6,
+        "label_f1": 0.4,
+    }
+    assert metrics.label_accuracy([["a", "a"]], [["a", "a"]])["label_f1"] == 0.0  # nothing but the usual
+    with pytest.raises(UserError, match="does not have as many labels as its target"):
+        metrics.label_accuracy([["a"]], [["a", "b"]])
+
+
+def test_spans_overlap() -> None:
+    targets, predictions = ["2 5", "2 5", "2 5", "7 7"], ["2 5", "4 8", "6 9", "8 7"]
+    # 4 tokens; 2 of the 4 wanted and 5 found; none; none found.
+    assert metrics.span_f1(targets, predictions) == {
+        "span_exact_match": 0.25,
+        "majority_span_exact_match": 0.75,
+        "span_f1": pytest.approx((1 + 4 / 9) / 4, abs=1e-12),
+    }
 
 
 def test_sequence_accuracy_forgives_nothing() -> None:

@@ -29,6 +29,23 @@ def test_classification_joins_the_fields_after_the_prefix() -> None:
     )
     classified = preprocessors.classify(senses, "supersense", ("word", "definition"), "supersense")
     assert rows(classified) == [{"inputs": "supersense: elk: large northern deer", "targets": "animal"}]
+    plain = preprocessors.classify(senses, None, ("word", "definition"), "supersense")
+    assert rows(plain) == [{"inputs": "elk: large northern deer", "targets": "animal"}]
+
+
+def test_sentences_end_where_a_word_does() -> None:
+    text = """Mr. Knightley saw it. "Is it so?" said Mrs. Elton!--_No!_ It was so no. 3 (it seemed.) He had"""
+    assert rows(preprocessors.sentences(tf.data.Dataset.from_tensors({"text": text}))) == [
+        {"targets": 'Mr. Knightley saw it. "Is it so?" said Mrs. Elton!--_No!_ It was so no. 3 (it seemed.)'},
+        {"targets": "He had"},
+    ]
+    text = "They went. Who came? Nobody!_ _Really."
+    assert [row["targets"] for row in rows(preprocessors.sentences(tf.data.Dataset.from_tensors({"text": text})))] == [
+        "They went.",
+        "Who came?",
+        "Nobody!_",
+        "_Really.",
+    ]
 
 
 def test_language_modelling_keeps_the_text_alone() -> None:

@@ -1,5 +1,6 @@
 import functools
 import importlib
+import itertools
 
 import numpy as np
 import pytest
@@ -7,11 +8,40 @@ import seqio
 import tensorflow as tf
 
 from t5x_like.data import corpora, objectives, tasks
+from t5x_like.data.encoder_tasks import labels_of_words
+from t5x_like.data.features import (
+    ClassificationFeatures,
+    DecoderFeatures,
+    MaskedLMFeatures,
+    MultipleChoiceFeatures,
+    PermutationFeatures,
+    TokenLabelFeatures,
+)
+from t5x_like.data.loader import DatasetConfig, TrainLoader, eval_batches
+from t5x_like.data.packing import FeatureConverter
+from t5x_like.data.sources import CorpusSource
 from t5x_like.data.vocabularies import byte_vocabulary, sentencepiece_vocabulary
 from t5x_like.errors import UserError
 
 LENGTHS = {"inputs": 512, "targets": 512}
-TASKS = ["austen_span_corruption", "bible_en_es", "bible_es_en", "wordnet_supersense"]
+TASKS = ["austen_span_corruption", "bible_en_es", "bible_es_en", "wordnet_supersense"]  # text to text
+LABELS = ClassificationFeatures()
+OTHERS: dict[str, tuple[FeatureConverter, dict[str, int], str]] = {  # with what they are read by, and judged by
+    "austen_masked_lm": (MaskedLMFeatures(next_sentence=True), {"inputs": 64, "targets": 10}, "log_likelihood"),
+    "austen_whole_word_masked_lm": (
+        MaskedLMFeatures(next_sentence=True),
+        {"inputs": 64, "targets": 10},
+        "log_likelihood",
+    ),
+    "austen_full_sentences": (MaskedLMFeatures(), {"inputs": 64, "targets": 10}, "log_likelihood"),
+    "austen_causal_lm": (DecoderFeatures(), {"inputs": 0, "targets": 64}, "log_likelihood"),
+    "austen_prefix_lm": (DecoderFeatures(), {"inputs": 32, "targets": 32}, "log_likelihood"),
+    "austen_permutation_lm": (PermutationFeatures(), {"inputs": 64, "targets": 10}, "log_likelihood"),
+    "wordnet_supersense_label": (LABELS, {"inputs": 64, "targets": 1}, "accuracy"),
+    "bible_punctuation": (TokenLabelFeatures(), {"inputs": 72, "targets": 52}, "label_accuracy"),
+    "wordnet_class_member": (LABELS, {"inputs": 224, "targets": 2}, "span_f1"),
+    "wordnet_definition_choice": (MultipleChoiceFeatures(), {"inputs": 4 * 80, "targets": 1}, "accuracy"),
+}
 MIXTURES = {
     "bible_translation": ["bible_en_es", "bible_es_en"],
     "quickstart": ["bible_en_es", "wordnet_supersense"],
@@ -42,12 +72,12 @@ def empty_registries(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("empty_registries")
 def test_registration_survives_a_reset_and_a_second_import() -> None:
     assert tasks.get_task_or_mixture("bible_en_es").name == "bible_en_es"
-    assert sorted(seqio.TaskRegistry.names()) == TASKS
+    assert sorted(seqio.TaskRegistry.names()) == sorted([*TASKS, *OTHERS])
     assert sorted(seqio.MixtureRegistry.names()) == sorted(MIXTURES)
     importlib.reload(tasks)
     seqio.TaskRegistry.reset()
     importlib.reload(tasks)
-    assert sorted(seqio.TaskRegistry.names()) == TASKS
+    assert sorted(seqio.TaskRegistry.names()) == sorted([*TASKS, *OTHERS])
 
 
 @pytest.mark.usefixtures("empty_registries")
@@ -125,11 +155,11 @@ def test_shards_are_stretches_that_make_up_the_whole(name: str) -> None:
     with pytest.raises(UserError, match="too few for 100000 shards"):
         source.get_dataset("validation", shard_info=seqio.ShardInfo(0, 100000))
     with pytest.raises(UserError, match="has 0 rows, too few for 1 shards"):
-        tasks.CorpusSource(lambda split: (), ["train"]).get_dataset("train")
+        CorpusSource(lambda split: (), ["train"]).get_dataset("train")
 
 
 def test_shuffling_follows_the_seed_and_reaches_over_all_rows() -> None:
-    source = tasks.CorpusSource(corpora.bible, ("train", "validation", "test"))
+    source = CorpusSource(corpora.bible, ("train", "validation", "test"))
 
     def ids(seed: int) -> list[bytes]:
         return [row["id"] for row in source.get_dataset("validation", seed=seed).as_numpy_iterator()]
@@ -154,7 +184,7 @@ def test_whole_tasks_repeat_themselves_with_the_same_seed(name: str) -> None:
 
 
 def test_each_task_is_judged_and_its_texts_are_stripped() -> None:
-    judged = {name: tasks.get_task_or_mixture(name) for name in TASKS}
+    judged = {name: tasks.get_task_or_mixture(name) for name in [*TASKS, *OTHERS]}
     found = {
         name: [metric.__name__ for metric in [*task.predict_metric_fns, *task.score_metric_fns]]
         for name, task in judged.items()
@@ -164,9 +194,86 @@ def test_each_task_is_judged_and_its_texts_are_stripped() -> None:
         "bible_en_es": ["bleu", "chrf"],
         "bible_es_en": ["bleu", "chrf"],
         "wordnet_supersense": ["accuracy"],
+        **{name: [metric] for name, (_, _, metric) in OTHERS.items()},
     }
     for name in TASKS[1:]:
         assert judged[name].postprocess_fn(" animal\n", example={}, is_target=False) == "animal"
+
+
+def read(name: str, vocabulary: seqio.Vocabulary) -> tuple[DatasetConfig, FeatureConverter]:
+    converter, lengths, _ = OTHERS[name]
+    shuffle = not name.startswith("austen")  # which would read the whole novels first
+    return DatasetConfig(name, lengths, 4, "validation", shuffle, seed=3, vocabulary=vocabulary), converter
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_task_is_read_and_goes_on_where_it_stopped(name: str) -> None:
+    loader = TrainLoader(*read(name, sentencepiece_vocabulary()))
+    (first, _), (second, position), (third, _) = itertools.islice(loader.batches(), 3)
+    ((resumed, _),) = itertools.islice(loader.batches(position), 1)
+    assert first.keys() == third.keys() == resumed.keys()
+    for key, array in third.items():
+        np.testing.assert_array_equal(resumed[key], array, err_msg=key)
+    weights = "decoder_loss_weights" if "decoder_loss_weights" in first else "target_weights"
+    for batch in (first, second):
+        assert batch[weights].any(axis=1).all()  # every row has something to predict
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_targets_are_what_an_evaluation_counts_and_shows(name: str) -> None:
+    """Perplexity is per token of `targets`: as many as have a weight; and they decode with their vocabulary."""
+    vocabulary = byte_vocabulary() if name in ("austen_causal_lm", "wordnet_supersense_label") else None
+    settings, converter = read(name, vocabulary or sentencepiece_vocabulary())
+    task = tasks.get_task_or_mixture(name)
+    if vocabulary is not None:
+        task = tasks.with_vocabulary(task, vocabulary)
+        assert task.output_features["inputs"].vocabulary == vocabulary
+    batch = next(eval_batches(settings, task, converter))
+    weights = batch.batch["decoder_loss_weights" if "decoder_loss_weights" in batch.batch else "target_weights"]
+    assert weights.sum(axis=1).tolist() == [len(example["targets"]) for example in batch.examples]
+    for example in batch.examples:
+        assert task.output_features["targets"].vocabulary.decode(example["targets"].tolist())
+
+
+def test_labels_and_positions_keep_their_vocabularies() -> None:
+    for name in ("wordnet_supersense_label", "bible_punctuation", "austen_masked_lm", "wordnet_class_member"):
+        task = tasks.get_task_or_mixture(name)
+        changed = tasks.with_vocabulary(task, byte_vocabulary())
+        different = {key for key, feature in changed.output_features.items() if feature != task.output_features[key]}
+        assert different == ({"inputs", "targets"} if name == "austen_masked_lm" else {"inputs"})
+
+
+def test_labelled_examples_by_hand() -> None:
+    def example(name: str) -> Example:
+        task = tasks.get_task_or_mixture(name)
+        return next(task.get_dataset(OTHERS[name][1], "validation", shuffle=False).as_numpy_iterator())
+
+    encode = sentencepiece_vocabulary().encode
+    sense, verse = corpora.wordnet("validation")[0], corpora.bible("validation")[0]
+    found = example("wordnet_supersense_label")
+    assert found["inputs"].tolist() == [8098, *encode(f"{sense.word}: {sense.definition}"), 1]
+    assert corpora.SUPERSENSES[found["targets"][0]] == found["targets_pretokenized"].decode() == sense.supersense
+    known = {sense.supersense for split in ("validation", "test") for sense in corpora.wordnet(split)}
+    assert known == set(corpora.SUPERSENSES)
+    assert len(corpora.SUPERSENSES) == 26
+
+    found = example("wordnet_class_member")
+    first, last = found["targets"]
+    assert found["inputs"][first : last + 1].tolist() == encode(sense.word)
+    found = example("wordnet_definition_choice")
+    right = found["inputs"].reshape(4, 80)[found["targets"][0]]
+    assert right[right != 0].tolist() == [8098, *encode(sense.word), 1, *encode(sense.definition), 1]
+
+    found = example("bible_punctuation")
+    words = [word.strip("“\u2018\u2019”,.?!;:").lower() for word in verse.english.split()]
+    assert sentencepiece_vocabulary().decode(found["inputs"][1:-1].tolist()) == " ".join(words)
+    assert found["targets"].size == len(words)
+
+
+def test_labels_of_words_are_picked_from_those_of_tokens() -> None:
+    example = {"target_positions": np.array([1, 3])}
+    assert labels_of_words("none comma none period none", example, is_target=False) == ["comma", "period"]
+    assert labels_of_words("comma period", example, is_target=True) == ["comma", "period"]
 
 
 def third_party_task(*, vocabulary: seqio.Vocabulary, task_class: type[seqio.Task] = seqio.Task) -> seqio.Task:

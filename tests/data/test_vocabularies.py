@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from t5x_like.data.vocabularies import SHIPPED_MODEL, byte_vocabulary, sentencepiece_vocabulary
+from t5x_like.data.vocabularies import (
+    SHIPPED_MODEL,
+    byte_vocabulary,
+    labels_vocabulary,
+    numbers_vocabulary,
+    sentencepiece_vocabulary,
+)
 from t5x_like.errors import UserError
 
 PIECES = sentencepiece_vocabulary()
@@ -163,3 +169,42 @@ def test_what_is_no_model_is_named(tmp_path: Path) -> None:
     for build in (sentencepiece_vocabulary, byte_vocabulary):
         with pytest.raises(UserError, match="extra_ids is -1"):
             build(extra_ids=-1)
+
+
+def test_labels_are_their_places() -> None:
+    seasons = labels_vocabulary(["spring", "summer", "fall"])
+    assert (seasons.vocab_size, seasons.pad_id, seasons.eos_id) == (3, -1, None)
+    assert seasons.encode("fall") == [2]
+    assert seasons.encode("spring  fall ") == seasons.encode_tf(tf.constant("spring  fall ")).numpy().tolist() == [0, 2]
+    assert seasons.encode("") == seasons.encode_tf(tf.constant("")).numpy().tolist() == []
+    assert seasons.decode([2, 0]) == "fall spring"
+    assert seasons.decode_tf(tf.constant([[2, 0], [1, 1]])).numpy().tolist() == [b"fall spring", b"summer summer"]
+    assert copy.deepcopy(seasons) == seasons == labels_vocabulary(("spring", "summer", "fall"))
+    assert hash(copy.deepcopy(seasons)) == hash(seasons)
+    assert seasons != labels_vocabulary(["summer", "spring", "fall"])
+    assert seasons != seqio.PassThroughVocabulary(3)
+    dataset = tf.data.Dataset.from_tensor_slices(["summer", "fall"]).map(seasons.encode_tf)
+    assert [ids.tolist() for ids in dataset.as_numpy_iterator()] == [[1], [2]]
+
+
+def test_a_label_that_is_none_is_named() -> None:
+    seasons = labels_vocabulary(["spring", "summer", "fall"])
+    with pytest.raises(UserError, match=r"label 'sumer' is unknown; Did you mean 'summer'\? Labels\(spring, summer, f"):
+        seasons.encode("spring sumer")
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"unknown label; Labels\(spring, summer, fall\)"):
+        seasons.encode_tf(tf.constant("winter"))
+    with pytest.raises(UserError, match="label id 3 is none of 3: has the model as many classes"):
+        seasons.decode([0, 3])
+    for names in ([], ["a", "a"], ["a b"], [""], ["a "]):
+        with pytest.raises(UserError, match="names without white space, each once"):
+            labels_vocabulary(names)
+
+
+def test_numbers_are_themselves() -> None:
+    places = numbers_vocabulary(100)
+    assert (places.vocab_size, places.pad_id, places.eos_id) == (100, -1, None)
+    assert places.encode("3 7") == places.encode_tf(tf.constant("3 7")).numpy().tolist() == [3, 7]
+    assert places.encode_tf(tf.constant([0, 7])).numpy().tolist() == [0, 7]
+    assert places.decode([0, 7]) == places.decode_tf(tf.constant([0, 7])).numpy().decode() == "0 7"
+    assert places == numbers_vocabulary(100) != numbers_vocabulary(99)
+    assert hash(places) == hash(numbers_vocabulary(100))

@@ -1,0 +1,62 @@
+"""Rows in memory as a seqio source."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import seqio
+import tensorflow as tf
+
+from t5x_like.errors import UserError
+
+
+class CorpusSource(seqio.DataSource):
+    """Rows in memory as a seqio source, for any number of shards: each has its own stretch of the rows.
+
+    Args:
+        rows: gives a split's rows, all of one NamedTuple type; its fields are the features of an example.
+        splits: the names of all splits.
+        shuffled: whether to obey seqio's `shuffle`, and then over all rows; if not, they keep their order.
+    """
+
+    def __init__(
+        self, rows: Callable[[str], Sequence[NamedTuple]], splits: Sequence[str], shuffled: bool = True
+    ) -> None:
+        super().__init__(splits, performs_internal_shuffling=shuffled)
+        self._rows = rows
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """Yes."""
+        return True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """All rows as one shard; seqio does not ask where sharding is arbitrary."""
+        return [split]
+
+    def num_input_examples(self, split: str) -> int:
+        """The number of rows."""
+        return len(self._rows(split))
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+    ) -> tf.data.Dataset:
+        """One pass over the rows of a shard.
+
+        Raises:
+            UserError: if the shard would be empty.
+        """
+        rows = self._rows(split)
+        shard = shard_info or seqio.ShardInfo(index=0, num_shards=1)
+        if len(rows) < shard.num_shards:
+            raise UserError(f"split {split!r} has {len(rows)} rows, too few for {shard.num_shards} shards")
+        start, end = (i * len(rows) // shard.num_shards for i in (shard.index, shard.index + 1))
+        rows = rows[start:end]
+        columns = dict(zip(rows[0]._fields, zip(*rows, strict=True), strict=True))
+        dataset = tf.data.Dataset.from_tensor_slices({name: list(column) for name, column in columns.items()})
+        if shuffle and self.performs_internal_shuffling:
+            dataset = dataset.shuffle(len(rows), seed=seed)
+        return dataset
