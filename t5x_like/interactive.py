@@ -16,13 +16,19 @@ from t5x_like import gin_config
 from t5x_like.checkpoints import huggingface
 from t5x_like.checkpoints.manager import Checkpoints
 from t5x_like.checkpoints.restore import restore_parameters
+from t5x_like.data import metrics, texts
 from t5x_like.data.loader import DatasetConfig, host_to_devices, weighted_tasks
+from t5x_like.data.packing import Example
+from t5x_like.data.texts import Vocabularies
+from t5x_like.data.tokenizer_files import tokenizer_vocabulary
+from t5x_like.data.vocabularies import sentencepiece_vocabulary, special_tokens
 from t5x_like.decoding.beam import BeamSearch
 from t5x_like.decoding.contract import DecodeFn
 from t5x_like.decoding.greedy import Greedy
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.errors import UserError
 from t5x_like.models.contract import Model
+from t5x_like.models.masked_lm import MaskedLMModel
 from t5x_like.models.predictor import Predictor
 from t5x_like.sharding import Partitioner
 from t5x_like.training import train_state
@@ -32,7 +38,7 @@ from t5x_like.training.train_state import TrainState
 from t5x_like.typing import Float, Params
 
 ROWS = 32
-"""Texts go in batches of at most so many rows; sizes are padded to powers of two, so that few programs are compiled."""
+"""Texts go in batches of at most so many rows; sizes are padded, so that few programs are compiled."""
 
 
 class Parts(NamedTuple):
@@ -49,13 +55,15 @@ class InteractiveModel:
     Attributes:
       model: the network's pure functions.
       params: its parameters.
-      vocabulary: of inputs and targets; None where a Hugging Face folder came without `spiece.model`.
+      vocabulary: of inputs and targets; None where a Hugging Face folder came without one.
+      target_vocabulary: of targets, where that is another, such as a classifier's labels.
       partitioner: where it runs; all local work is done on one device by default.
     """
 
     model: Model
     params: Params
     vocabulary: seqio.Vocabulary | None = None
+    target_vocabulary: seqio.Vocabulary | None = None
     partitioner: Partitioner = dataclasses.field(default_factory=Partitioner.single_device)
 
     def __post_init__(self) -> None:
@@ -93,23 +101,25 @@ class InteractiveModel:
                 raise UserError(f"{path}: no such checkpoint; the run has {', '.join(map(str, steps)) or 'none'}")
             batch = parts.model.converter.convert([[]], parts.dataset.task_feature_lengths, packed=False)
             params = restore_parameters(checkpoints, wanted, parts.model, batch, partitioner)
-        vocabulary = weighted_tasks(parts.dataset)[0].task.output_features["targets"].vocabulary
-        return cls(parts.model, params, vocabulary, partitioner)
+        features = weighted_tasks(parts.dataset)[0].task.output_features
+        return cls(parts.model, params, features["inputs"].vocabulary, features["targets"].vocabulary, partitioner)
 
     @classmethod
     def _from_huggingface(cls, path: Path) -> "InteractiveModel":
-        from t5x_like.data.vocabularies import sentencepiece_vocabulary
-
         loaded = huggingface.load(path)
-        pieces = path / "spiece.model"
-        return cls(loaded.model, loaded.params, sentencepiece_vocabulary(str(pieces)) if pieces.is_file() else None)
+        vocabulary, model = _vocabulary_in(path), loaded.model
+        if vocabulary is not None and isinstance(model, MaskedLMModel):
+            model = dataclasses.replace(model, mask_id=special_tokens(vocabulary).mask)  # no config.json knows it
+        return cls(model, loaded.params, vocabulary)
 
     def logits(self, batch: Mapping[str, np.ndarray]) -> Float[np.ndarray, "batch length vocab"]:
-        """Float32 logits under teacher forcing.
+        """Float32 logits: of every next token, of every token, or of classes, as the model has them.
 
         Args:
-          batch: seqio's keys, `[batch, length]` each: `encoder_input_tokens` and `decoder_input_tokens`, and segment
-            ids where rows are packed. The model's padding id is not attended to.
+          batch: `[batch, length]` each. Encoder-decoders read seqio's `encoder_input_tokens` and
+            `decoder_input_tokens`, decoders the latter (and segment ids where rows are packed); encoders
+            `encoder_input_tokens`, `segment_ids` (BERT's token types) and `global_attention_mask` (Longformer); XLNet
+            `input_tokens`, `perm_mask` and `target_mapping`. The model's padding id is not attended to.
         """
         return self._predictor.logits(self.params, {name: np.asarray(rows) for name, rows in batch.items()})
 
@@ -124,6 +134,8 @@ class InteractiveModel:
         seed: int = 0,
     ) -> list[str]:
         """The best output for each input: greedy, unless beams or any of the sampling options are asked for.
+
+        A classifier's output is its label; it searches nothing.
 
         Args:
           inputs: as the model was trained on, prefix included.
@@ -143,17 +155,20 @@ class InteractiveModel:
         decoder: DecodeFn = BeamSearch(num_beams) if num_beams > 1 else Greedy()
         if sampled:
             decoder = Sampling(1.0 if temperature is None else float(temperature), top_k, float(top_p))
-        vocabulary, outputs = self._vocabulary(), []
+        vocabulary, outputs = self._vocabularies().targets, []
         for number, start in enumerate(range(0, len(inputs), ROWS)):
-            texts = inputs[start : start + ROWS]
-            batch = self._batch([(text, "") for text in texts])
+            part = inputs[start : start + ROWS]
+            batch = self._batch([(text, "") for text in part])
             key = jax.random.fold_in(jax.random.key(seed), number)
             tokens, _ = self._predictor.generate(self.params, batch, decoder, max_length, key)
-            outputs += [vocabulary.decode(row.tolist()) for row in tokens[: len(texts), 0]]
+            outputs += [vocabulary.decode(row.tolist()) for row in tokens[: len(part), 0]]
         return outputs
 
     def score(self, inputs: Sequence[str], targets: Sequence[str]) -> Float[np.ndarray, " batch"]:
         """Log-likelihood of each target given its input, end token included, in nats.
+
+        A masked language model's is a pseudo-log-likelihood: the sum over tokens, each masked alone (Salazar et al.
+        2020), without an end token.
 
         Raises:
           UserError: there are not as many targets as inputs, or there is no vocabulary.
@@ -166,6 +181,18 @@ class InteractiveModel:
             part = pairs[start : start + ROWS]
             scores.append(self._predictor.score(self.params, self._batch(part))[: len(part)])
         return np.concatenate(scores)
+
+    def perplexity(self, texts: Sequence[str], inputs: Sequence[str] | None = None) -> float:
+        """Perplexity per token of all texts together, given their inputs (None: given nothing).
+
+        A masked language model's is a pseudo-perplexity, see `score`.
+
+        Raises:
+          UserError: there are no texts, not as many inputs as texts, or there is no vocabulary.
+        """
+        inputs = [""] * len(texts) if inputs is None else inputs
+        rows = self._rows(list(zip(inputs, texts, strict=False)))
+        return metrics.perplexity(self.score(inputs, texts), [len(row["targets"]) for row in rows])
 
     def fit(
         self,
@@ -211,28 +238,34 @@ class InteractiveModel:
         self.params = state.params
         return losses
 
-    def _vocabulary(self) -> seqio.Vocabulary:
+    def _vocabularies(self) -> Vocabularies:
         if self.vocabulary is None:
             raise UserError(
                 "this model has no vocabulary; set `.vocabulary`, e.g. to sentencepiece_vocabulary('spiece.model')"
             )
-        return self.vocabulary
+        return Vocabularies(self.vocabulary, self.target_vocabulary or self.vocabulary)
 
-    def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[dict[str, np.ndarray]]:
-        vocabulary = self._vocabulary()
-
-        def encode(text: str) -> np.ndarray:
-            return np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)
-
-        return [{"inputs": encode(inputs), "targets": encode(targets)} for inputs, targets in pairs]
+    def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[Example]:
+        vocabularies = self._vocabularies()
+        return [texts.example(self.model.converter, *pair, vocabularies) for pair in pairs]
 
     def _batch(self, pairs: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
         rows = self._rows(pairs)
         lengths = {name: _padded(max(len(row[name]) for row in rows)) for name in ("inputs", "targets")}
-        padding: list[list[dict[str, np.ndarray]]] = [[]] * (_padded(len(rows)) - len(rows))
+        padding: list[list[Example]] = [[]] * (_padded(len(rows)) - len(rows))
         return self.model.converter.convert([[row] for row in rows] + padding, lengths, packed=False)
 
 
+def _vocabulary_in(folder: Path) -> seqio.Vocabulary | None:
+    """The vocabulary that a Hugging Face folder came with."""
+    if (folder / "tokenizer.json").is_file() and not (folder / "spiece.model").is_file():
+        return tokenizer_vocabulary(str(folder / "tokenizer.json"))
+    if (folder / "vocab.txt").is_file():
+        return tokenizer_vocabulary(str(folder / "vocab.txt"))
+    pieces = folder / "spiece.model"
+    return sentencepiece_vocabulary(str(pieces)) if pieces.is_file() else None
+
+
 def _padded(size: int) -> int:
-    """The next power of two."""
-    return 1 << max(size - 1, 0).bit_length()
+    """The next power of two, beyond 128 the next multiple of it."""
+    return 1 << max(size - 1, 0).bit_length() if size <= 128 else -(-size // 128) * 128

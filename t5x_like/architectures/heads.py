@@ -30,6 +30,16 @@ class MaskedLogits(NamedTuple):
     next_sentence: Float[Array, "batch 1 2"] | None
 
 
+class NoHead(nn.Module):
+    """Hidden states as they are: an encoder alone, such as texts are compared with."""
+
+    def __call__(
+        self, hidden: Hidden, attend: Attended, positions: Positions = None
+    ) -> Float[Array, "batch length embed"]:
+        """`hidden`."""
+        return hidden
+
+
 class MaskedLanguageModelHead(nn.Module):
     """A dense layer with a norm, then the embedding table (Devlin et al. 2019; Liu et al. 2019).
 

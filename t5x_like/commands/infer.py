@@ -67,7 +67,7 @@ def infer(
     partitioner = partitioner or Partitioner()
     tasks = [entry.task for entry in weighted_tasks(dataset)]
     if source is not None:
-        tasks = [text_files.task(source, tasks[0].output_features)]
+        tasks = [text_files.task(source, tasks[0].output_features, model.converter)]
         dataset = dataclasses.replace(dataset, split=text_files.SPLIT)
     with Checkpoints(Path(model_dir) / "checkpoints") as checkpoints:
         (step,) = choose_steps(checkpoints.steps(), step, model_dir)

@@ -1,13 +1,18 @@
 """Files of inputs as seqio tasks, so that inference reads a user's own text as it reads any task."""
 
 import csv
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import seqio
+import tensorflow as tf
 
+from t5x_like.data import texts
+from t5x_like.data.packing import FeatureConverter
 from t5x_like.data.sources import CorpusSource
 from t5x_like.errors import UserError
 
@@ -21,12 +26,13 @@ class TextRow(NamedTuple):
     targets: str
 
 
-def task(path: str | Path, features: Mapping[str, seqio.Feature]) -> seqio.Task:
+def task(path: str | Path, features: Mapping[str, seqio.Feature], converter: FeatureConverter) -> seqio.Task:
     """An unregistered task with the rows of a `.txt`, `.tsv` or `.jsonl` file in its split `SPLIT`, in order.
 
     Args:
       path: `.txt`, an input a line; `.tsv`, input TAB target; `.jsonl`, objects with `inputs` and perhaps `targets`.
-      features: `inputs` and `targets`, as the model's own tasks have them.
+      features: as the model's own tasks have them.
+      converter: the model's, which says what it reads of a text.
 
     Raises:
       UserError: no such file, another ending, or a line that cannot be read (named by its number).
@@ -35,10 +41,38 @@ def task(path: str | Path, features: Mapping[str, seqio.Feature]) -> seqio.Task:
     return seqio.Task(
         f"file_{Path(path).stem}",
         source=CorpusSource(lambda split: rows, (SPLIT,), shuffled=False),
-        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        preprocessors=[functools.partial(_encode, converter=converter)],
         output_features=dict(features),
         shuffle_buffer_size=None,
     )
+
+
+def _encode(
+    dataset: tf.data.Dataset,
+    sequence_length: Mapping[str, int],
+    output_features: Mapping[str, seqio.Feature],
+    converter: FeatureConverter,
+) -> tf.data.Dataset:
+    """Rows to what `converter` reads; inputs that are too long keep their last token, which ends them."""
+    vocabularies = texts.Vocabularies(output_features["inputs"].vocabulary, output_features["targets"].vocabulary)
+    names, room = tuple(output_features), sequence_length["inputs"]
+
+    def encode(inputs: bytes, targets: bytes) -> list[np.ndarray]:
+        example = texts.example(converter, inputs.decode(), targets.decode(), vocabularies)
+        tokens = example["inputs"]
+        cut = tokens if len(tokens) <= room else np.concatenate([tokens[: room - 1], tokens[-1:]])
+        example = {**example, "inputs": cut}
+        return [example.get(name, np.zeros(0, np.int32)) for name in names]
+
+    def row(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        pair = [example["inputs"], example["targets"]]
+        vectors = tf.numpy_function(encode, pair, [tf.int32] * len(names))
+        for vector in vectors:
+            vector.set_shape([None])
+        kept = {f"{name}_pretokenized": example[name] for name in ("inputs", "targets")}
+        return kept | dict(zip(names, vectors, strict=True))
+
+    return dataset.map(row)
 
 
 def read_rows(path: str | Path) -> list[TextRow]:

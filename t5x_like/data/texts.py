@@ -30,9 +30,10 @@ class Vocabularies(NamedTuple):
 def example(converter: FeatureConverter, inputs: str, targets: str, vocabularies: Vocabularies) -> Example:
     """One example for `converter` of an input and a target, either of which may be empty.
 
-    Encoder-decoders and decoders read `inputs` and write `targets`, which end with EOS. A masked or permuted language
-    model reads `[CLS] inputs [SEP] targets [SEP]` (`[CLS] targets [SEP]` without inputs) and is asked for every token
-    of the targets. A classifier reads `[CLS] inputs [SEP]`, and `targets` names labels.
+    Encoder-decoders and decoders read `inputs` and write `targets`, which end with EOS. A masked language model reads
+    `[CLS] inputs [SEP] targets [SEP]` (`[CLS] targets [SEP]` without inputs), a permuted one `inputs targets [SEP]
+    [CLS]`; both are asked for every token of the targets. A classifier reads `[CLS] inputs [SEP]`, and `targets` names
+    labels.
 
     Raises:
       UserError: the model reads something that is not a pair of texts.
@@ -63,8 +64,14 @@ def _(converter: MaskedLMFeatures, inputs: str, targets: str, vocabularies: Voca
 
 @example.register
 def _(converter: PermutationFeatures, inputs: str, targets: str, vocabularies: Vocabularies) -> Example:
-    framed = _framed(inputs, targets, vocabularies.inputs)
-    return framed | {"order": np.arange(len(framed["inputs"]), dtype=np.int32)}
+    first, second = (vocabularies.inputs.encode(text) for text in (inputs, targets))
+    special = special_tokens(vocabularies.inputs)
+    return {
+        "inputs": _ids([*first, *second, special.sep, special.cls]),
+        "targets": _ids(second),
+        "target_positions": np.arange(len(first), len(first) + len(second), dtype=np.int32),
+        "order": _ids([*[0] * len(first), *range(1, len(second) + 1), 0, 0]),  # from left to right
+    }
 
 
 @example.register(ClassificationFeatures)

@@ -102,10 +102,15 @@ class SinusoidalPositions(nn.Module):
         self, positions: Int[Array, "#batch length"], tokens: Int[Array, "batch length"]
     ) -> Float[Array, "#batch length embed"]:
         """Any position has its vector, whatever its token."""
-        half = self.embed_dim // 2
-        rates = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-        angles = positions[..., None].astype(jnp.float32) * rates[None, None]
-        return jnp.concatenate((jnp.sin(angles), jnp.cos(angles)), axis=-1).astype(self.dtype)
+        return sinusoids(positions, self.embed_dim).astype(self.dtype)
+
+
+def sinusoids(positions: Int[Array, "rows length"], embed_dim: int) -> Float[Array, "rows length embed_dim"]:
+    """The vectors of `SinusoidalPositions`; positions may be negative, as the distances of XLNet are."""
+    half = embed_dim // 2
+    rates = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None].astype(jnp.float32) * rates[None, None]
+    return jnp.concatenate((jnp.sin(angles), jnp.cos(angles)), axis=-1)
 
 
 class InputEmbedding(nn.Module):

@@ -28,6 +28,7 @@ class Mask:
         the global tokens of a Longformer.
       causal: a query sees no key behind it.
       radius: a query sees no key farther away than this; None: all distances.
+      itself: queries and keys are the same, in columns 0, 1, ...; kernels want to know who cannot be told positions.
     """
 
     query_positions: PyTree
@@ -37,6 +38,7 @@ class Mask:
     seen_by_all: PyTree = None
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
     radius: int | None = dataclasses.field(default=None, metadata={"static": True})
+    itself: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def allowed(self) -> Allowed:
         """The mask as booleans; the batch has size 1 where all rows are alike."""
@@ -57,16 +59,13 @@ class Mask:
             allowed &= jnp.broadcast_to(seen, allowed.shape)
         return allowed[:, None]
 
-    @property
-    def local(self) -> bool:
-        """Whether positions hide keys, so that whole blocks may be hidden."""
-        return (self.causal or self.radius is not None) and self.seen_by_all is None
-
-    def reaches(self) -> Bool[Array, ""]:
-        """False where positions alone tell that no query sees any key."""
+    def reaches(self) -> Bool[Array, ""] | bool:
+        """False where positions alone tell that no query sees any key; simply True for masks that never tell so."""
+        if self.seen_by_all is not None or not (self.causal or self.radius is not None):
+            return True
         ahead = self.key_positions.min() - self.query_positions.max()
         behind = self.query_positions.min() - self.key_positions.max()
-        reaches = jnp.logical_not(self.causal & (ahead > 0))
+        reaches = ahead <= 0 if self.causal else jnp.bool_(True)
         return reaches if self.radius is None else reaches & (jnp.maximum(ahead, behind) <= self.radius)
 
     def queries(self, start: Int[Array, ""] | int, size: int) -> "Mask":
@@ -75,6 +74,7 @@ class Mask:
             self,
             query_positions=_cut(self.query_positions, start, size),
             query_segments=_cut(self.query_segments, start, size),
+            itself=False,
         )
 
     def keys(self, start: Int[Array, ""] | int, size: int) -> "Mask":
@@ -84,6 +84,7 @@ class Mask:
             key_positions=_cut(self.key_positions, start, size),
             key_segments=_cut(self.key_segments, start, size),
             seen_by_all=_cut(self.seen_by_all, start, size),
+            itself=False,
         )
 
 
@@ -94,4 +95,4 @@ def _cut(array: Array | None, start: Int[Array, ""] | int, size: int) -> Array |
 def within(length: int, segments: Int[Array, "batch length"] | None = None, causal: bool = False) -> Mask:
     """The mask of a sequence that looks at itself; positions of segment 0 are padding."""
     columns = jnp.arange(length)
-    return Mask(columns, columns, segments, segments, causal=causal)
+    return Mask(columns, columns, segments, segments, causal=causal, itself=True)

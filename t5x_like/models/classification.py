@@ -89,13 +89,8 @@ class ClassificationModel(NetworkModel):
     def generate(
         self, params: Params, batch: Batch, decoder: DecodeFn, max_length: int, key: PRNGKey | None = None
     ) -> Decoded:
-        """The labels that are chosen, for tokens those with a weight, in order; no search, so no `decoder`."""
-        logits = self.logits(params, batch)
-        labels, score = self.decide(jax.nn.log_softmax(logits))
-        weights = jnp.asarray(batch["target_weights"])
-        first = jnp.argsort(weights == 0, axis=1, stable=True)  # those with a weight
-        labels = jnp.take_along_axis(labels, first, axis=1)[:, :max_length]
-        labels = jnp.pad(labels, ((0, 0), (0, max_length - labels.shape[1])))
+        """The labels that are chosen, one for every target or token; nothing is searched, and nothing is cut."""
+        labels, score = self.decide(jax.nn.log_softmax(self.logits(params, batch)))
         return Decoded(labels[:, None], score[:, None])
 
     def _logits(

@@ -23,7 +23,7 @@ class MaskedLMModel(NetworkModel):
 
     Attributes:
       network: `Bert` with a `MaskedLanguageModelHead`.
-      mask_id: stands for a token that is to be guessed, when texts are scored.
+      mask_id: stands for a token that is to be guessed, when texts are scored; None where that is not known.
       converter: lays out corrupted inputs, and the true tokens at the target positions.
     """
 
@@ -31,7 +31,7 @@ class MaskedLMModel(NetworkModel):
         *("encoder_input_tokens", "segment_ids", "global_attention_mask", "target_positions"),
     )
 
-    mask_id: int
+    mask_id: int | None
     converter: MaskedLMFeatures = MaskedLMFeatures()
 
     def logits(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> Float[Array, "batch targets vocab"]:
@@ -57,7 +57,13 @@ class MaskedLMModel(NetworkModel):
         """Pseudo-log-likelihood of the targets (Salazar et al. 2020), in nats: each is masked alone, in the true text.
 
         One pass of the network per target, so a text of which all tokens are targets costs its length in passes.
+
+        Raises:
+          UserError: `mask_id` is not known.
         """
+        if self.mask_id is None:
+            raise UserError("MaskedLMModel.mask_id is None: tokens are scored masked; set it to the id that masks them")
+        mask_id = self.mask_id
         text, positions = jnp.asarray(batch["encoder_input_tokens"]), jnp.asarray(batch["target_positions"])
         targets, weights = jnp.asarray(batch["target_tokens"]), jnp.asarray(batch["target_weights"])
         columns = jnp.arange(text.shape[1])[None]
@@ -68,7 +74,7 @@ class MaskedLMModel(NetworkModel):
 
         def one(target: tuple[Int[Array, " batch"], ...]) -> Float[Array, " batch"]:
             position, token, weight = target
-            masked = jnp.where(columns == position[:, None], self.mask_id, text)
+            masked = jnp.where(columns == position[:, None], mask_id, text)
             inputs = {**batch, "encoder_input_tokens": masked, "target_positions": position[:, None]}
             return log_likelihood(self._logits(params, inputs).tokens, token[:, None], weight[:, None])
 

@@ -14,19 +14,31 @@ from optax import Schedule
 from t5x_like.errors import UserError
 from t5x_like.typing import Scalar
 
-__all__ = ["Schedule", "constant", "cosine", "linear", "product", "relative_step", "rsqrt"]
+__all__ = ["Schedule", "constant", "cosine", "linear", "noam", "product", "relative_step", "rsqrt"]
 
 
 def rsqrt(base: float = 1.0, warmup_steps: int = 10_000) -> Schedule:
     """T5's base / sqrt(max(step, warmup_steps)): level, then falling (Raffel et al. 2020, section 3.1.2).
 
-    Here alone `base` is no rate: the highest rate is base / sqrt(warmup_steps), by default 0.01.
+    Here `base` is no rate: the highest rate is base / sqrt(warmup_steps), by default 0.01.
     """
     if warmup_steps < 1:
         raise UserError(
             f"rsqrt.warmup_steps is {warmup_steps}; the rate starts at base / sqrt(warmup_steps): give >= 1"
         )
     return _in_float32(lambda step: base / jnp.sqrt(jnp.maximum(step, warmup_steps)))
+
+
+def noam(embed_dim: int, warmup_steps: int = 4_000, base: float = 1.0) -> Schedule:
+    """A linear rise, then 1/sqrt(step), all the lower the wider the model (Vaswani et al. 2017, eq. 3).
+
+    Here too `base` is no rate: the highest rate is base / sqrt(embed_dim * warmup_steps), at step warmup_steps - 1.
+    """
+    if embed_dim < 1 or warmup_steps < 1:
+        raise UserError(f"noam: embed_dim is {embed_dim} and warmup_steps is {warmup_steps}; give >= 1")
+    scale = base * embed_dim**-0.5
+    # The paper counts steps from 1.
+    return _in_float32(lambda step: scale * jnp.minimum((step + 1) ** -0.5, (step + 1) * warmup_steps**-1.5))
 
 
 def relative_step() -> Schedule:

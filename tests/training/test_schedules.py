@@ -17,6 +17,9 @@ from t5x_like.training import schedules
     [
         (schedules.rsqrt(), {0: 0.01, 10_000: 0.01, 40_000: 0.005, 1_000_000: 0.001}),
         (schedules.rsqrt(base=2.0, warmup_steps=4), {0: 1.0, 4: 1.0, 16: 0.5}),
+        # 64**-0.5 = 1/8 and 16**-1.5 = 1/64: a 512th at the first step, a 32nd at the 16th.
+        (schedules.noam(64, warmup_steps=16), {0: 1 / 512, 3: 1 / 128, 15: 1 / 32, 63: 1 / 64, 255: 1 / 128}),
+        (schedules.noam(16, warmup_steps=1, base=2.0), {0: 0.5, 3: 0.25}),
         (schedules.relative_step(), {0: 0.01, 9_999: 0.01, 39_999: 0.005}),
         (schedules.constant(1e-3), {0: 1e-3, 10**6: 1e-3}),
         (schedules.constant(1e-3, warmup_steps=10), {0: 0.0, 5: 5e-4, 10: 1e-3, 11: 1e-3}),
@@ -49,6 +52,7 @@ def test_by_hand(schedule: schedules.Schedule, values: dict[int, float]) -> None
     ("make", "message"),
     [
         (lambda: schedules.rsqrt(warmup_steps=0), "rsqrt.warmup_steps is 0"),
+        (lambda: schedules.noam(512, warmup_steps=0), "noam: embed_dim is 512 and warmup_steps is 0"),
         (lambda: schedules.linear(1.0, total_steps=10, warmup_steps=10), "linear: warmup_steps is 10"),
         (lambda: schedules.cosine(1.0, total_steps=5, warmup_steps=-1), "cosine: warmup_steps is -1"),
     ],

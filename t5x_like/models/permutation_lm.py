@@ -1,0 +1,75 @@
+"""Models that predict tokens in a random order, each from those before it: XLNet."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from t5x_like.data.features import PermutationFeatures
+from t5x_like.decoding.contract import Decoded, DecodeFn
+from t5x_like.errors import UserError
+from t5x_like.models.contract import LossAndMetrics
+from t5x_like.models.losses import log_likelihood, loss_and_metrics
+from t5x_like.models.network import NetworkModel
+from t5x_like.models.routing_metrics import with_routing
+from t5x_like.typing import Array, Batch, Bool, Float, Int, Params, PRNGKey
+
+
+@dataclasses.dataclass(frozen=True)
+class PermutationLMModel(NetworkModel):
+    """A two-stream network with the objective of Yang et al. 2019, equation 5.
+
+    A batch has `input_tokens`; the order in which they are read, as `order` (see `hidden_by`) or as `perm_mask`; and
+    what is to be predicted, as `target_positions` or as a `target_mapping` `[batch, targets, length]` with a single 1
+    in each row. `perm_mask` and `target_mapping` mean what they do in Hugging Face's transformers.
+
+    Attributes:
+      network: `XLNet`.
+      converter: lays out inputs, their order, and the true tokens at the target positions.
+    """
+
+    network_inputs: ClassVar[tuple[str, ...]] = ("input_tokens", "perm_mask", "target_positions", "segment_ids")
+
+    converter: PermutationFeatures = PermutationFeatures()
+
+    def logits(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> Float[Array, "batch targets vocab"]:
+        """Float32 logits of every target; without targets, of every position from all that is seen there."""
+        return self.forward(params, batch, key)[0]
+
+    def loss(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> LossAndMetrics:
+        """Cross entropy of the targets that have a weight."""
+        logits, reports = self.forward(params, batch, key)
+        targets, weights = jnp.asarray(batch["target_tokens"]), jnp.asarray(batch["target_weights"])
+        return with_routing(loss_and_metrics(logits, targets, weights), reports)
+
+    def score(self, params: Params, batch: Batch) -> Float[Array, " batch"]:
+        """Log-likelihood of the targets in the batch's order, in nats: by the chain rule, exact for that order."""
+        targets, weights = jnp.asarray(batch["target_tokens"]), jnp.asarray(batch["target_weights"])
+        return log_likelihood(self.logits(params, batch), targets, weights)
+
+    def generate(
+        self, params: Params, batch: Batch, decoder: DecodeFn, max_length: int, key: PRNGKey | None = None
+    ) -> Decoded:
+        """Raises `UserError`: which positions are to be filled, and in what order, a search does not know."""
+        raise UserError(
+            "a permutation language model does not generate text: it fills positions that are chosen beforehand, in an "
+            "order of their own; evaluate tasks that are scored only"
+        )
+
+    def _arguments(self, batch: Batch) -> dict[str, Array]:
+        arguments = super()._arguments(batch)
+        if "order" in batch:
+            arguments["perm_mask"] = hidden_by(jnp.asarray(batch["order"]))
+        if "target_mapping" in batch:
+            arguments["target_positions"] = jnp.argmax(jnp.asarray(batch["target_mapping"]), axis=-1)
+        return arguments
+
+
+def hidden_by(order: Int[Array, "batch length"]) -> Bool[Array, "batch length length"]:
+    """The `perm_mask` of an order of factorisation: True where a token (row) may not see another (column).
+
+    Args:
+      order: each token's rank. All see those of rank 0, which are given; one to be predicted has a rank of its own,
+        from 1, and is seen by higher ranks alone.
+    """
+    return (order[:, None, :] >= order[:, :, None]) & (order > 0)[:, None, :]
