@@ -4,6 +4,7 @@ The first Transformer, T5 and Switch Transformers are one network with other obj
 its halves.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -136,12 +137,14 @@ class Encoder(nn.Module):
       dropout_rate: on what goes in and what comes out.
       norm: the final norm; None where layers end with one of their own (`PostNorm`), and nothing is dropped there.
       relpos_bias: one bias table for all layers; None where layers own theirs.
+      output_dropout_rate: on what comes out instead, if given: GPT-2 drops nothing there.
     """
 
     stack: LayerStack
     dropout_rate: float = 0.0
     norm: nn.Module | None = RMSNorm()
     relpos_bias: nn.Module | None = None
+    output_dropout_rate: float | None = None
 
     @nn.compact
     def __call__(
@@ -151,9 +154,7 @@ class Encoder(nn.Module):
         bias = position_bias(self.relpos_bias, mask)
         x = constrain(Dropout(self.dropout_rate)(x), "batch", "length", "embed")
         x = self.stack(self, x, bias, mask, tokens)
-        if self.norm is None:
-            return x
-        return Dropout(self.dropout_rate)(self.norm.clone(parent=self, name="encoder_norm")(x))
+        return _end(self, "encoder_norm", x)
 
 
 class Decoder(nn.Module):
@@ -168,6 +169,7 @@ class Decoder(nn.Module):
     norm: nn.Module | None = RMSNorm()
     relpos_bias: nn.Module | None = None
     logits_dense: nn.Module | None = None
+    output_dropout_rate: float | None = None
 
     @nn.compact
     def __call__(
@@ -184,10 +186,16 @@ class Decoder(nn.Module):
         bias = position_bias(self.relpos_bias, mask)
         x = constrain(Dropout(self.dropout_rate)(x), "batch", "length", "embed")
         x = self.stack(self, x, encoded, bias, mask, cross_mask, position, tokens)
-        if self.norm is not None:
-            x = Dropout(self.dropout_rate)(self.norm.clone(parent=self, name="decoder_norm")(x))
-        x *= output_scale
+        x = _end(self, "decoder_norm", x) * output_scale
         return x if self.logits_dense is None else self.logits_dense(x)
+
+
+def _end(stack: Encoder | Decoder, name: str, x: Array) -> Array:
+    """The final norm and dropout, if a stack has them."""
+    if stack.norm is None:
+        return x
+    rate = stack.dropout_rate if stack.output_dropout_rate is None else stack.output_dropout_rate
+    return Dropout(rate)(stack.norm.clone(parent=stack, name=name)(x))
 
 
 class Transformer(nn.Module):
@@ -213,9 +221,10 @@ class Transformer(nn.Module):
         decoder_segment_ids: Int[Array, "batch length"] | None = None,
         encoder_positions: Int[Array, "batch encoder_length"] | None = None,
         decoder_positions: Int[Array, "batch length"] | None = None,
+        global_attention_mask: Int[Array, "batch encoder_length"] | None = None,
     ) -> Float[Array, "batch length vocab"]:
         """Float32 logits of every next token, given the true ones before it (teacher forcing)."""
-        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, encoder_positions)
+        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, encoder_positions, global_attention_mask)
         mask = within(decoder_input_tokens.shape[1], decoder_segment_ids, causal=True)
         columns = jnp.arange(encoder_input_tokens.shape[1])
         cross_mask = Mask(
@@ -231,12 +240,14 @@ class Transformer(nn.Module):
         encoder_input_tokens: Int[Array, "batch encoder_length"],
         encoder_segment_ids: Int[Array, "batch encoder_length"] | None = None,
         encoder_positions: Int[Array, "batch encoder_length"] | None = None,
+        global_attention_mask: Int[Array, "batch encoder_length"] | None = None,
     ) -> Float[Array, "batch encoder_length embed"]:
-        """What the decoder attends to."""
-        segments = self._segments(encoder_input_tokens, encoder_segment_ids)
+        """What the decoder attends to; the mask is 1 where a token of a Longformer encoder (LED) sees all."""
+        mask = within(encoder_input_tokens.shape[1], self._segments(encoder_input_tokens, encoder_segment_ids))
+        if global_attention_mask is not None:
+            mask = dataclasses.replace(mask, seen_by_all=global_attention_mask > 0)
         tokens = Tokens(encoder_input_tokens, self.is_real(encoder_input_tokens))
-        x = self.token_embedder(encoder_input_tokens, encoder_positions)
-        return self.encoder(x, within(x.shape[1], segments), tokens)
+        return self.encoder(self.token_embedder(encoder_input_tokens, encoder_positions), mask, tokens)
 
     def decode(
         self,

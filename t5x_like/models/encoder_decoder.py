@@ -31,7 +31,7 @@ class EncoderDecoderModel(NetworkModel):
 
     network_inputs: ClassVar[tuple[str, ...]] = (
         *("encoder_input_tokens", "decoder_input_tokens", "encoder_segment_ids", "decoder_segment_ids"),
-        *("encoder_positions", "decoder_positions"),
+        *("encoder_positions", "decoder_positions", "global_attention_mask"),
     )
 
     z_loss: float = 1e-4
@@ -65,7 +65,8 @@ class EncoderDecoderModel(NetworkModel):
         """Outputs of at most `max_length` tokens for `encoder_input_tokens`, with a cache of keys and values."""
         inputs = jnp.asarray(batch["encoder_input_tokens"])
         variables = {"params": params}
-        encoded = self.network.apply(variables, inputs, method="encode")
+        seeing = batch.get("global_attention_mask")
+        encoded = self.network.apply(variables, inputs, global_attention_mask=seeing, method="encode")
         room = jnp.zeros((inputs.shape[0], max_length), jnp.int32)
         _, made = self.network.apply(variables, encoded, room, method="make_cache", mutable=["cache"])
         is_real = self.network.apply(variables, inputs, method="is_real")

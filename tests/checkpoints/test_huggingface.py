@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_t5 import quick_jit, random_params, tiny_t5
 
 from t5x_like.checkpoints import huggingface
+from t5x_like.checkpoints.huggingface.t5 import T5Family
 from t5x_like.decoding.greedy import Greedy
 from t5x_like.errors import UserError
 from t5x_like.layers.mlp import MlpBlock
@@ -165,7 +166,7 @@ def test_hugging_face_loads_what_was_saved(saved: tuple[Oracle, Path], tmp_path:
     restored = type(oracle).from_pretrained(tmp_path).eval()
     for name, tensor in oracle.state_dict().items():
         assert torch.equal(restored.state_dict()[name], tensor), name
-    for name in huggingface._Config.names(loaded.model_type):
+    for name in T5Family.names(loaded.model_type):
         if name not in ("tie_word_embeddings", "scale_decoder_outputs"):  # theirs: always True, and T5's only
             assert getattr(restored.config, name) == getattr(oracle.config, name), name
     batch = make_batch(oracle.config.pad_token_id, 12, 9)

@@ -15,6 +15,7 @@ from tiny_t5 import quick_jit
 from t5x_like.architectures.stack import LayerStack
 from t5x_like.architectures.variables import named_leaves, router_reports
 from t5x_like.checkpoints import huggingface
+from t5x_like.checkpoints.huggingface.t5 import T5Family
 from t5x_like.decoding.greedy import Greedy
 from t5x_like.errors import UserError
 from t5x_like.interactive import InteractiveModel
@@ -169,7 +170,7 @@ def test_hugging_face_loads_what_was_saved(saved: tuple[str, Oracle, Path], tmp_
     restored = type(oracle).from_pretrained(tmp_path).eval()
     for name, tensor in oracle.state_dict().items():
         assert torch.equal(restored.state_dict()[name], tensor), name
-    for name in huggingface._Config.names(loaded.model_type).values():
+    for name in T5Family.names(loaded.model_type).values():
         assert getattr(restored.config, name) == getattr(oracle.config, name), name
     sparse = SPARSE_LAYERS[case]
     assert restored.config.num_sparse_encoder_layers == len([name for name in sparse if name.startswith("encoder")])

@@ -3,7 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_like.layers.positions import RelativePositionBias, relative_position_bucket
+from t5x_like.layers.positions import (
+    BlockwiseRelativePositionBias,
+    BucketBias,
+    RelativePositionBias,
+    relative_position_bucket,
+)
 
 
 def buckets(distances: list[int], bidirectional: bool, num_buckets: int, max_distance: int) -> list[int]:
@@ -68,3 +73,46 @@ def test_fresh_tables_are_bounded_by_glorot() -> None:
     ]
     limit = (6 / (12 + 32)) ** 0.5
     assert 0.9 * limit < np.abs(table.value).max() <= limit
+
+
+def naive_bias(table: np.ndarray, queries: list[int], keys: list[int]) -> np.ndarray:
+    """Causal, with 8 buckets up to a distance of 12, `[1, heads, queries, keys]`."""
+    return np.asarray(
+        [[[[row[naive_bucket(key - query, False, 8, 12)] for key in keys] for query in queries] for row in table]]
+    )
+
+
+def test_blocks_of_a_bias() -> None:
+    table = np.random.default_rng(1).normal(size=(2, 8)).astype(np.float32)
+    bias = BucketBias(jnp.asarray(table), jnp.arange(3, 8), jnp.arange(20), False, 8, 12)
+    np.testing.assert_array_equal(bias.values(), naive_bias(table, [3, 4, 5, 6, 7], [*range(20)]))
+    block = jax.jit(lambda bias, start: bias.queries(start, 2).keys(start + 1, 4))(bias, 2)
+    np.testing.assert_array_equal(block.values(), naive_bias(table, [5, 6], [3, 4, 5, 6]))
+
+
+def test_diagonals_of_a_bias() -> None:
+    table = np.random.default_rng(2).normal(size=(2, 8)).astype(np.float32)
+    bias = BucketBias(jnp.asarray(table), jnp.arange(14, 17), jnp.arange(2, 18), False, 8, 12)
+    written_out, diagonals = bias.values()[0], bias.diagonals()
+    assert diagonals.shape == (2, 3 + 16 - 1)
+    for row in range(3):
+        for column in range(16):
+            np.testing.assert_array_equal(diagonals[:, 2 + column - row], written_out[:, row, column])
+
+
+@pytest.mark.parametrize(("queries", "keys"), [([0, 1, 2], [0, 2, 3]), ([0, 1, 0], [0, 1, 2]), ([2, 1, 0], [0, 1, 2])])
+def test_no_diagonals_without_consecutive_positions(queries: list[int], keys: list[int]) -> None:
+    bias = BucketBias(jnp.ones((2, 8)), jnp.asarray(queries), jnp.asarray(keys), False, 8, 12)
+    assert np.isnan(bias.diagonals()).all()
+
+
+def test_both_modules_have_the_same_parameters_and_bias() -> None:
+    written_out, blockwise = RelativePositionBias(2, 8, 12, False), BlockwiseRelativePositionBias(2, 8, 12, False)
+    queries, keys = jnp.asarray([3, 4]), jnp.arange(6)
+    variables = written_out.init(jax.random.key(0), queries, keys)
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: (a == b).all(), variables, blockwise.init(jax.random.key(0), queries, keys))
+    )
+    bias = blockwise.apply(variables, queries, keys)
+    assert isinstance(bias, BucketBias)
+    np.testing.assert_array_equal(bias.values(), written_out.apply(variables, queries, keys))
