@@ -112,10 +112,31 @@ class OneHotSwitch(SparseMlp):
         return returned, slots.kept, slots.dropped
 
 
+class FlaxDense(nn.Module):
+    """`MlpBlock` as plain Flax code has it: its products are over [batch, length] instead of one long batch."""
+
+    mlp_dim: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, tokens: Tokens) -> jax.Array:
+        """Maps every position by itself, as `MlpBlock` with relu does."""
+        hidden = nn.relu(nn.Dense(self.mlp_dim, use_bias=False, dtype=self.dtype, name="wi")(x))
+        return nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="wo")(hidden)
+
+
 def switch_layer(dtype: str, steps: int, experts: int) -> dict[str, object]:
-    """Seconds of a Switch layer (top-1, capacity factor 1.25), of its dense layer and of one-hot dispatch, in turns."""
-    one_hot = OneHotSwitch(Experts(experts, MLP_DIM, dtype=dtype), Router(), CapacityFactor(1.25, 1.25))
-    layers = {"sparse": switch(experts, 1.25, dtype), "dense": MlpBlock(MLP_DIM, dtype=dtype), "one_hot": one_hot}
+    """Seconds of a Switch layer (top-1, capacity factor 1.25) and of its rivals, in turns.
+
+    They are the dense layer, ours and plain Flax, and one-hot dispatch. `ratio_flax_dense` is sparse over Flax's dense
+    layer; the other ratios are over ours.
+    """
+    layers: dict[str, nn.Module] = {
+        "sparse": switch(experts, 1.25, dtype),
+        "dense": MlpBlock(MLP_DIM, dtype=dtype),
+        "flax_dense": FlaxDense(MLP_DIM, dtype),
+        "one_hot": OneHotSwitch(Experts(experts, MLP_DIM, dtype=dtype), Router(), CapacityFactor(1.25, 1.25)),
+    }
     compiled = {name: layer_gradient(layer, dtype) for name, layer in layers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in layers}
     for turn in range(steps + 1):  # the first turn warms up
@@ -129,6 +150,7 @@ def switch_layer(dtype: str, steps: int, experts: int) -> dict[str, object]:
         "experts": experts,
         **{f"seconds_{name}": round(value, 4) for name, value in medians.items()},
         "ratio": round(medians["sparse"] / medians["dense"], 3),
+        "ratio_flax_dense": round(medians["sparse"] / medians["flax_dense"], 3),
         "ratio_one_hot": round(medians["one_hot"] / medians["dense"], 3),
         "matmul_peak_gflops": round(matmul_peak(dtype) / 1e9, 1),
     }

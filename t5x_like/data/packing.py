@@ -55,7 +55,15 @@ class FeatureConverter(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoderFeatures:
-    """`inputs` for the encoder, `targets` for the decoder, laid out as by `seqio.EncDecFeatureConverter`."""
+    """`inputs` for the encoder, `targets` for the decoder, laid out as by `seqio.EncDecFeatureConverter`.
+
+    Attributes:
+      pad_id: fills rows of tokens; T5's is 0.
+      start_id: what `decoder_input_tokens` begin with; T5's is its padding.
+    """
+
+    pad_id: int = 0
+    start_id: int = 0
 
     task_features: ClassVar[tuple[str, ...]] = ("inputs", "targets")
     optional_features: ClassVar[tuple[str, ...]] = ()
@@ -75,7 +83,7 @@ class EncoderDecoderFeatures:
 
         Returns:
           int32 `[rows, length]`: `encoder_input_tokens`, `decoder_target_tokens`, `decoder_input_tokens`
-          (targets shifted right, each example starting with 0), `decoder_loss_weights` (1 on targets), and
+          (targets shifted right, each example starting with `start_id`), `decoder_loss_weights` (1 on targets), and
           what `packed` adds.
 
         Raises:
@@ -85,17 +93,18 @@ class EncoderDecoderFeatures:
             check_one_each(rows, "pass packed=True")
         encoder = lay_out(rows, "inputs", lengths["inputs"])
         decoder = lay_out(rows, "targets", lengths["targets"])
-        shifted = np.pad(decoder.tokens, ((0, 0), (1, 0)))[:, :-1]
+        inputs, targets = (np.where(x.segment_ids == 0, np.int32(self.pad_id), x.tokens) for x in (encoder, decoder))
+        shifted = np.pad(targets, ((0, 0), (1, 0)), constant_values=self.start_id)[:, :-1]
         batch = {
-            "encoder_input_tokens": encoder.tokens,
-            "decoder_target_tokens": decoder.tokens,
+            "encoder_input_tokens": inputs,
+            "decoder_target_tokens": targets,
             "decoder_input_tokens": shifted,
-            "decoder_loss_weights": (decoder.tokens != 0).astype(np.int32),
+            "decoder_loss_weights": (targets != self.pad_id).astype(np.int32),
         }
         if packed:
             batch |= {
                 # Position 0 starts an example or is padding: neither gets the end of the example before it.
-                "decoder_input_tokens": np.where(decoder.positions == 0, np.int32(0), shifted),
+                "decoder_input_tokens": np.where(decoder.positions == 0, np.int32(self.start_id), shifted),
                 "encoder_segment_ids": encoder.segment_ids,
                 "encoder_positions": encoder.positions,
                 "decoder_segment_ids": decoder.segment_ids,

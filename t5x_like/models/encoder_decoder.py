@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
@@ -12,9 +12,19 @@ from t5x_like.decoding.contract import Cache, Decoded, DecodeFn, Stepper
 from t5x_like.layers.moe import RouterReport
 from t5x_like.models.contract import LossAndMetrics
 from t5x_like.models.losses import log_likelihood, loss_and_metrics
-from t5x_like.models.network import NetworkModel
+from t5x_like.models.network import Network, NetworkModel
 from t5x_like.models.routing_metrics import with_routing
 from t5x_like.typing import Array, Batch, Float, Int, Params, PRNGKey
+
+
+@runtime_checkable
+class EncoderDecoderNetwork(Network, Protocol):
+    """`Transformer`, or another with its methods."""
+
+    @property
+    def pad_id(self) -> int:
+        """What fills rows, and is never attended to."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +44,7 @@ class EncoderDecoderModel(NetworkModel):
         *("encoder_positions", "decoder_positions", "global_attention_mask"),
     )
 
+    network: EncoderDecoderNetwork
     z_loss: float = 1e-4
     label_smoothing: float = 0.0
     eos_id: int = 1
@@ -92,4 +103,4 @@ class EncoderDecoderModel(NetworkModel):
     @property
     def converter(self) -> EncoderDecoderFeatures:
         """Examples with `inputs` and `targets` -> batches."""
-        return EncoderDecoderFeatures()
+        return EncoderDecoderFeatures(self.network.pad_id, self.start_id)

@@ -39,7 +39,9 @@ WARMUP = ("bert", "roberta", "longformer", "gpt2", "gpt3", "lamda", "labels")
 def config(name: str) -> str:
     model, run, lengths, layers = SYSTEMS[name]
     lines = [f"{macro} = 1" for macro in layers.split()] + ["WARMUP_STEPS = 2"] * (name in WARMUP)
-    includes = f"from __gin__ import dynamic_registration\ninclude 'models/{model}_tiny.gin'\ninclude 'runs/{run}.gin'\n"
+    includes = (
+        f"from __gin__ import dynamic_registration\ninclude 'models/{model}_tiny.gin'\ninclude 'runs/{run}.gin'\n"
+    )
     return includes + SIZES + f"TASK_FEATURE_LENGTHS = {{{lengths}}}\n" + "\n".join(lines) + "\n"
 
 

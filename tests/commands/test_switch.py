@@ -11,7 +11,7 @@ from tiny import SWITCH_CONFIG, TRAIN_CONFIG, random_batch, train_tiny
 
 from t5x_like import InteractiveModel, cli, gin_config
 from t5x_like.architectures.variables import named_leaves
-from t5x_like.checkpoints.experts import LOGGED_ROWS, MergeExperts, PruneExperts, Upcycle
+from t5x_like.checkpoints.experts import LOGGED_ROWS, Merge, Prune, ReduceExperts, Upcycle
 from t5x_like.checkpoints.manager import Checkpoints
 from t5x_like.errors import UserError
 from t5x_like.models.encoder_decoder import EncoderDecoderModel
@@ -131,7 +131,7 @@ def loads(folder: Path, layer: str) -> np.ndarray:
 
 def test_pruning_keeps_the_busiest_experts(run: Path) -> None:
     _, params = switch("NUM_EXPERTS=2")
-    ours, theirs = dict(named_leaves(PruneExperts(str(run))(params))), parameters(run)
+    ours, theirs = dict(named_leaves(ReduceExperts(str(run), Prune())(params))), parameters(run)
     for name, leaf in theirs.items():
         layer = name.rpartition("/mlp/")[0]
         kept = sorted(np.argsort(-loads(run, layer))[:2]) if layer in LAYERS else None
@@ -145,7 +145,7 @@ def test_pruning_keeps_the_busiest_experts(run: Path) -> None:
 
 def test_merging_averages_the_others_into_the_kept_ones_by_load(run: Path) -> None:
     _, params = switch("NUM_EXPERTS=2")
-    ours, theirs = dict(named_leaves(MergeExperts(str(run))(params))), parameters(run)
+    ours, theirs = dict(named_leaves(ReduceExperts(str(run), Merge())(params))), parameters(run)
     for layer in LAYERS:
         load, router = loads(run, layer), theirs[f"{layer}/mlp/router/router_weights/kernel"]
         kept = sorted(np.argsort(-load)[:2])
@@ -169,13 +169,13 @@ def test_merging_averages_the_others_into_the_kept_ones_by_load(run: Path) -> No
 def test_mistakes_are_explained(run: Path, dense_run: Path) -> None:
     _, params = switch("NUM_EXPERTS=8")
     with pytest.raises(UserError, match=r"has 4 experts in (en|de)coder/layers_1, fewer than the 8 wanted"):
-        PruneExperts(str(run))(params)
+        ReduceExperts(str(run), Prune())(params)
     with pytest.raises(UserError, match=r"Upcycle: .*has no checkpoint of step 3"):
         Upcycle(str(dense_run), step=3)(params)
     with pytest.raises(UserError, match="this model has no experts"):
         Upcycle(str(dense_run))({"mlp": params["encoder"]["layers_0"]["mlp"]})
     with pytest.raises(UserError, match="needs sparse layers that are not scanned"):
-        MergeExperts(str(run))(params["encoder"]["layers_0"])
+        ReduceExperts(str(run), Merge())(params["encoder"]["layers_0"])
 
 
 def test_a_dense_student_learns_from_a_switch_teacher(run: Path, tmp_path: Path) -> None:

@@ -127,3 +127,14 @@ def test_rows_that_do_not_fit_are_refused() -> None:
         CONVERTER.convert([pair], {"inputs": 5, "targets": 5}, packed=True)
     with pytest.raises(ValueError, match="several examples share a row; pass packed=True"):
         CONVERTER.convert([pair], {"inputs": 9, "targets": 9}, packed=False)
+
+
+def test_padding_and_start_of_models_that_are_not_t5() -> None:
+    rows = [[{"inputs": np.array([5]), "targets": np.array([0, 7])}]]
+    batch = EncoderDecoderFeatures(pad_id=9, start_id=8).convert(rows, {"inputs": 2, "targets": 4}, packed=False)
+    assert {name: array.tolist() for name, array in batch.items()} == {
+        "encoder_input_tokens": [[5, 9]],
+        "decoder_target_tokens": [[0, 7, 9, 9]],
+        "decoder_input_tokens": [[8, 0, 7, 9]],
+        "decoder_loss_weights": [[1, 1, 0, 0]],
+    }
