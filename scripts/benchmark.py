@@ -6,6 +6,7 @@ Keys: case, dtype, device, peak_memory_gib, versions, and what the case knows: s
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -13,7 +14,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -28,9 +29,14 @@ import t5x_like
 from t5x_like import gin_config
 from t5x_like.architectures.variables import router_reports, unbox
 from t5x_like.cli import keep_freed_memory
+from t5x_like.layers.attention import Attend, DotProduct
+from t5x_like.layers.chunked_attention import Chunked
+from t5x_like.layers.masks import Mask, within
 from t5x_like.layers.mlp import MlpBlock
 from t5x_like.layers.moe import REPORTS, Experts, SparseMlp
+from t5x_like.layers.positions import BucketBias
 from t5x_like.layers.routing import CapacityFactor, Router, TokenChoices, Tokens
+from t5x_like.layers.sparse_attention import SlidingWindow
 from t5x_like.models.encoder_decoder import EncoderDecoderModel
 from t5x_like.sharding import Partitioner
 from t5x_like.training import train_state
@@ -75,11 +81,27 @@ def train_t5(size: str, dtype: str, steps: int) -> dict[str, object]:
     }
 
 
+Program = tuple[Compiled, tuple[PyTree, ...]]
+"""A compiled function and its arguments."""
+
+
+def medians_in_turns(programs: Mapping[str, Program], steps: int) -> dict[str, float]:
+    """The median seconds of each of several programs, which take turns, so that a noisy machine is so for all."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(steps + 1):  # the first turn warms up
+        for name, (run, arguments) in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(*arguments))
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 # The sparse layer is measured at 8 sequences of 512 tokens, width 512 and 2,048, beside the dense layer it replaces.
 LAYER_BATCH, LAYER_LENGTH, EMBED_DIM, MLP_DIM = 8, 512, 512, 2048
 
 
-def layer_gradient(layer: nn.Module, dtype: str) -> tuple[Compiled, tuple[PyTree, ...]]:
+def layer_gradient(layer: nn.Module, dtype: str) -> Program:
     """Value and gradient (of parameters and input) of one feed-forward layer, compiled; and its arguments."""
     shape = (LAYER_BATCH, LAYER_LENGTH, EMBED_DIM)
     x, target = (jax.random.normal(jax.random.key(seed), shape, dtype) for seed in (0, 1))
@@ -137,15 +159,7 @@ def switch_layer(dtype: str, steps: int, experts: int) -> dict[str, object]:
         "flax_dense": FlaxDense(MLP_DIM, dtype),
         "one_hot": OneHotSwitch(Experts(experts, MLP_DIM, dtype=dtype), Router(), CapacityFactor(1.25, 1.25)),
     }
-    compiled = {name: layer_gradient(layer, dtype) for name, layer in layers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
-    for turn in range(steps + 1):  # the first turn warms up
-        for name, (run, arguments) in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(*arguments))
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = medians_in_turns({name: layer_gradient(layer, dtype) for name, layer in layers.items()}, steps)
     return {
         "experts": experts,
         **{f"seconds_{name}": round(value, 4) for name, value in medians.items()},
@@ -171,11 +185,59 @@ def switch_flops(dtype: str, steps: int, experts: int) -> dict[str, object]:
     }
 
 
+# Attention is measured as one layer of T5 small has it: one sequence, 8 heads of 64, 32 buckets.
+HEADS, HEAD_DIM, BUCKETS, MAX_DISTANCE = 8, 64, 32, 128
+RADIUS, LONGEST_PLAIN = 256, 8192
+
+
+def attention_gradient(attend: Attend, dtype: str, length: int, mask: Mask | None, biased: bool) -> Program:
+    """Value and gradient (of query, key, value and the bias table), compiled; and its arguments."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    shape, positions = (1, length, HEADS, HEAD_DIM), jnp.arange(length)
+    query, key, value, target = (jax.random.normal(key, shape, dtype) for key in keys[:4])
+    table = jax.random.normal(keys[4], (HEADS, BUCKETS))
+
+    def loss(query: jax.Array, key: jax.Array, value: jax.Array, table: jax.Array) -> jax.Array:
+        bias = BucketBias(table, positions, positions, True, BUCKETS, MAX_DISTANCE) if biased else None
+        return jnp.vdot(attend(query, key, value, bias, mask), target).astype(jnp.float32)
+
+    arguments = query * HEAD_DIM**-0.5, key, value, table
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3))).lower(*arguments).compile(), arguments
+
+
+def attention(dtype: str, steps: int, length: int, sliding: bool = False) -> dict[str, object]:
+    """Seconds and temporary memory of attention in linear memory and of the plain form, unless that is too long.
+
+    Chunked, with T5's bias; or `sliding`: a causal window of 256 without a bias.
+    """
+    mask = within(length, causal=True) if sliding else None
+    forms: dict[str, tuple[Attend, Mask | None]] = {"linear": (SlidingWindow(RADIUS) if sliding else Chunked(), mask)}
+    if length <= LONGEST_PLAIN:
+        plain_mask = None if mask is None else dataclasses.replace(mask, radius=RADIUS)
+        forms["plain"] = (DotProduct(), plain_mask)
+    programs = {
+        name: attention_gradient(form, dtype, length, seen, not sliding) for name, (form, seen) in forms.items()
+    }
+    medians = medians_in_turns(programs, steps)
+    memory = {name: run.memory_analysis().temp_size_in_bytes / 2**20 for name, (run, _) in programs.items()}
+    result: dict[str, object] = {"length": length}
+    result |= {f"seconds_{name}": round(value, 4) for name, value in medians.items()}
+    result |= {f"temporary_mib_{name}": round(value, 1) for name, value in memory.items()}
+    if "plain" in forms:
+        result["ratio"] = round(medians["linear"] / medians["plain"], 3)
+        result["ratio_memory"] = round(memory["linear"] / memory["plain"], 4)
+    return result | {"matmul_peak_gflops": round(matmul_peak(dtype) / 1e9, 1)}
+
+
 CASES: dict[str, Callable[..., dict[str, object]]] = {
     "train_t5_small": functools.partial(train_t5, "small"),
     "switch_layer": switch_layer,
     "switch_flops": switch_flops,
+    "attention": attention,
+    "sliding_attention": functools.partial(attention, sliding=True),
 }
+OPTIONS = {"experts": (8, ("switch_layer", "switch_flops")), "length": (2048, ("attention", "sliding_attention"))}
+"""What cases take besides: the value it has by default, and those cases."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -184,13 +246,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", choices=sorted(CASES), required=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default: 5)")
-    parser.add_argument("--experts", type=int, help="of the switch_ cases (default: 8)")
+    for name, (default, cases) in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=int, help=f"of the cases {' and '.join(cases)} (default: {default})")
     arguments = parser.parse_args(argv)
-    if arguments.steps < 1 or (arguments.experts or 1) < 1:
-        parser.error("--steps and --experts must be at least 1")
-    if arguments.experts is not None and not arguments.case.startswith("switch_"):
-        parser.error(f"--experts means nothing to {arguments.case}")
-    options = {"experts": arguments.experts or 8} if arguments.case.startswith("switch_") else {}
+    options = {}
+    for name, (default, cases) in OPTIONS.items():
+        given = getattr(arguments, name)
+        if given is not None and arguments.case not in cases:
+            parser.error(f"--{name} means nothing to {arguments.case}")
+        if arguments.case in cases:
+            options[name] = default if given is None else given
+    if min([arguments.steps, *options.values()]) < 1:
+        parser.error("--steps and what else is counted must be at least 1")
     if argv is None:
         keep_freed_memory()  # as the command line does
     result = CASES[arguments.case](arguments.dtype, arguments.steps, **options)

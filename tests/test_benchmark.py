@@ -97,3 +97,23 @@ def test_an_unknown_case_is_the_users_mistake(benchmark: ModuleType, capsys: pyt
         benchmark.main(["--case", "train_t5_small", "--experts", "8"])
     assert exit_.value.code == 2
     assert "--experts means nothing to train_t5_small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["attention", "sliding_attention"])
+def test_forms_of_attention_are_timed_and_compute_the_same(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, case: str
+) -> None:
+    monkeypatch.setattr(benchmark, "HEADS", 2)
+    monkeypatch.setattr(benchmark, "RADIUS", 8)
+    assert benchmark.main(["--case", case, "--length", "64", "--steps", "1"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["length"] == 64
+    assert result["ratio"] * result["seconds_plain"] == pytest.approx(result["seconds_linear"], abs=2e-4)
+    mask = benchmark.within(64, causal=True)
+    forms = {"attention": (benchmark.Chunked(16, 16), None), "sliding_attention": (benchmark.SlidingWindow(8), mask)}
+    plain_mask = benchmark.dataclasses.replace(mask, radius=8) if case == "sliding_attention" else None
+    values = []
+    for form, seen in (forms[case], (benchmark.DotProduct(), plain_mask)):
+        run, arguments = benchmark.attention_gradient(form, "float32", 64, seen, case == "attention")
+        values.append(run(*arguments))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), *values)

@@ -27,8 +27,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_like.data import tasks
 from t5x_like.data.packing import Example, FeatureConverter, Row, check_lengths
+from t5x_like.data.tasks import registry
 from t5x_like.errors import UserError
 
 BLOCK = 1024
@@ -108,7 +108,7 @@ def weighted_tasks(config: DatasetConfig) -> list[WeightedTask]:
       UserError: no task has the split, or the tasks' vocabularies differ.
     """
     name, split = config.mixture_or_task_name, config.split
-    provider = tasks.get_task_or_mixture(name)
+    provider = registry.get_task_or_mixture(name)
     mixed = [WeightedTask(provider, 1.0)]
     if isinstance(provider, seqio.Mixture):
         mixed = [WeightedTask(task, provider.get_rate(task)) for task in provider.tasks]
@@ -120,7 +120,7 @@ def weighted_tasks(config: DatasetConfig) -> list[WeightedTask]:
         logging.getLogger(__name__).warning("%s without %s: no split %r", name, ", ".join(lacking), split)
     mixed = [entry for entry in mixed if entry.task.name not in lacking]
     if config.vocabulary is not None:
-        mixed = [WeightedTask(tasks.with_vocabulary(task, config.vocabulary), rate) for task, rate in mixed]
+        mixed = [WeightedTask(registry.with_vocabulary(task, config.vocabulary), rate) for task, rate in mixed]
     for (first, _), (second, _) in itertools.pairwise(mixed):
         for feature, spec in first.output_features.items():
             if spec.vocabulary != second.output_features[feature].vocabulary:

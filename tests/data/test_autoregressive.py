@@ -6,7 +6,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from t5x_like.data import autoregressive
+from t5x_like.data.objectives import autoregressive
 from t5x_like.data.vocabularies import sentencepiece_vocabulary
 from t5x_like.errors import UserError
 

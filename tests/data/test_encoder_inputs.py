@@ -3,7 +3,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from t5x_like.data import encoder_inputs
+from t5x_like.data.objectives import encoder_inputs
 from t5x_like.data.vocabularies import byte_vocabulary, labels_vocabulary, sentencepiece_vocabulary
 from t5x_like.errors import UserError
 

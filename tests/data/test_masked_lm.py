@@ -7,7 +7,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from t5x_like.data import masked_lm
+from t5x_like.data.objectives import masked_lm
 from t5x_like.data.vocabularies import (
     byte_vocabulary,
     sentencepiece_vocabulary,

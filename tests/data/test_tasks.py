@@ -7,8 +7,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from t5x_like.data import corpora, objectives, tasks
-from t5x_like.data.encoder_tasks import labels_of_words
+from t5x_like.data import corpora
 from t5x_like.data.features import (
     ClassificationFeatures,
     DecoderFeatures,
@@ -18,8 +17,11 @@ from t5x_like.data.features import (
     TokenLabelFeatures,
 )
 from t5x_like.data.loader import DatasetConfig, TrainLoader, eval_batches
+from t5x_like.data.objectives import span_corruption
 from t5x_like.data.packing import FeatureConverter
 from t5x_like.data.sources import CorpusSource
+from t5x_like.data.tasks import registry
+from t5x_like.data.tasks.encoder import labels_of_words
 from t5x_like.data.vocabularies import byte_vocabulary, sentencepiece_vocabulary
 from t5x_like.errors import UserError
 
@@ -71,34 +73,34 @@ def empty_registries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("empty_registries")
 def test_registration_survives_a_reset_and_a_second_import() -> None:
-    assert tasks.get_task_or_mixture("bible_en_es").name == "bible_en_es"
+    assert registry.get_task_or_mixture("bible_en_es").name == "bible_en_es"
     assert sorted(seqio.TaskRegistry.names()) == sorted([*TASKS, *OTHERS])
     assert sorted(seqio.MixtureRegistry.names()) == sorted(MIXTURES)
-    importlib.reload(tasks)
+    importlib.reload(registry)
     seqio.TaskRegistry.reset()
-    importlib.reload(tasks)
+    importlib.reload(registry)
     assert sorted(seqio.TaskRegistry.names()) == sorted([*TASKS, *OTHERS])
 
 
 @pytest.mark.usefixtures("empty_registries")
 def test_a_name_that_somebody_else_registered_first_stays_theirs() -> None:
-    theirs = tasks.get_task_or_mixture("bible_en_es").replace(name="quickstart")
+    theirs = registry.get_task_or_mixture("bible_en_es").replace(name="quickstart")
     seqio.MixtureRegistry.reset()
     seqio.TaskRegistry.add_provider("third_party", theirs)
-    tasks.register()
-    assert tasks.get_task_or_mixture("third_party") is theirs
+    registry.register()
+    assert registry.get_task_or_mixture("third_party") is theirs
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"named 'bible_en_sp'; the nearest: bible_en_es, bible_es_en"):
-        tasks.get_task_or_mixture("bible_en_sp")
+        registry.get_task_or_mixture("bible_en_sp")
     with pytest.raises(UserError, match=r"nearest: .*austen_span_corruption, .*quickstart"):
-        tasks.get_task_or_mixture("?")
+        registry.get_task_or_mixture("?")
 
 
 @pytest.mark.parametrize(("name", "parts"), MIXTURES.items())
 def test_mixtures_have_their_parts_at_equal_rates(name: str, parts: list[str]) -> None:
-    mixture = tasks.get_task_or_mixture(name)
+    mixture = registry.get_task_or_mixture(name)
     assert [task.name for task in mixture.tasks] == parts
     assert [mixture.get_rate(task) for task in mixture.tasks] == [1.0, 1.0]
     examples = mixture.get_dataset(LENGTHS, "validation", seed=3, num_epochs=1).take(200).as_numpy_iterator()
@@ -116,7 +118,7 @@ def test_examples_read_as_they_should_in_both_vocabularies(vocabulary: seqio.Voc
         "wordnet_supersense": ("{0.word}: {0.definition}", "{0.supersense}", corpora.wordnet),
     }
     for name, (inputs, targets, corpus) in expected.items():
-        task = tasks.with_vocabulary(tasks.get_task_or_mixture(name), vocabulary)
+        task = registry.with_vocabulary(registry.get_task_or_mixture(name), vocabulary)
         row, (example,) = corpus("validation")[0], first(task)
         inputs = PREFIXES[name] + inputs
         assert text(task, example, "inputs") == inputs.format(row)
@@ -127,10 +129,10 @@ def test_examples_read_as_they_should_in_both_vocabularies(vocabulary: seqio.Voc
 
 @pytest.mark.parametrize("vocabulary", [sentencepiece_vocabulary(), byte_vocabulary()])
 def test_austen_is_corrupted_in_reading_order(vocabulary: seqio.Vocabulary) -> None:
-    task = tasks.with_vocabulary(tasks.get_task_or_mixture("austen_span_corruption"), vocabulary)
+    task = registry.with_vocabulary(registry.get_task_or_mixture("austen_span_corruption"), vocabulary)
     paragraphs = corpora.austen("validation")[:40]
     tokens = [token for paragraph in paragraphs for token in vocabulary.encode(paragraph.text)]
-    raw_length, _ = objectives.raw_length_and_targets(512)
+    raw_length, _ = span_corruption.raw_length_and_targets(512)
     for i, example in enumerate(first(task, count=3)):
         assert (example["inputs"].size, example["targets"].size) == (512, 114)
         assert (example["inputs"][-1], example["targets"][-1]) == (1, 1)
@@ -143,7 +145,7 @@ def test_austen_is_corrupted_in_reading_order(vocabulary: seqio.Vocabulary) -> N
 
 @pytest.mark.parametrize("name", ["bible_en_es", "austen_span_corruption"])
 def test_shards_are_stretches_that_make_up_the_whole(name: str) -> None:
-    source = tasks.get_task_or_mixture(name).source
+    source = registry.get_task_or_mixture(name).source
     whole = list(source.get_dataset("validation", shuffle=False).as_numpy_iterator())
     parts = [
         list(source.get_dataset("validation", shuffle=False, shard_info=seqio.ShardInfo(i, 4)).as_numpy_iterator())
@@ -169,7 +171,7 @@ def test_shuffling_follows_the_seed_and_reaches_over_all_rows() -> None:
     assert sorted(ids(1)) == sorted(in_order)
     moves = [abs(in_order.index(verse) - place) for place, verse in enumerate(ids(1))]
     assert np.mean(moves) > 0.25 * len(in_order)  # a third, on average, in a full shuffle
-    austen = tasks.get_task_or_mixture("austen_span_corruption").source
+    austen = registry.get_task_or_mixture("austen_span_corruption").source
     paragraphs = [row["text"] for row in austen.get_dataset("validation", shuffle=True, seed=1).as_numpy_iterator()]
     assert paragraphs == [paragraph.text.encode() for paragraph in corpora.austen("validation")]
 
@@ -177,14 +179,14 @@ def test_shuffling_follows_the_seed_and_reaches_over_all_rows() -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_whole_tasks_repeat_themselves_with_the_same_seed(name: str) -> None:
     def some(seed: int) -> list[list[int]]:
-        dataset = tasks.get_task_or_mixture(name).get_dataset(LENGTHS, "validation", seed=seed)
+        dataset = registry.get_task_or_mixture(name).get_dataset(LENGTHS, "validation", seed=seed)
         return [example["inputs"].tolist() for example in dataset.take(5).as_numpy_iterator()]
 
     assert some(5) == some(5) != some(6)
 
 
 def test_each_task_is_judged_and_its_texts_are_stripped() -> None:
-    judged = {name: tasks.get_task_or_mixture(name) for name in [*TASKS, *OTHERS]}
+    judged = {name: registry.get_task_or_mixture(name) for name in [*TASKS, *OTHERS]}
     found = {
         name: [metric.__name__ for metric in [*task.predict_metric_fns, *task.score_metric_fns]]
         for name, task in judged.items()
@@ -224,9 +226,9 @@ def test_targets_are_what_an_evaluation_counts_and_shows(name: str) -> None:
     """Perplexity is per token of `targets`: as many as have a weight; and they decode with their vocabulary."""
     vocabulary = byte_vocabulary() if name in ("austen_causal_lm", "wordnet_supersense_label") else None
     settings, converter = read(name, vocabulary or sentencepiece_vocabulary())
-    task = tasks.get_task_or_mixture(name)
+    task = registry.get_task_or_mixture(name)
     if vocabulary is not None:
-        task = tasks.with_vocabulary(task, vocabulary)
+        task = registry.with_vocabulary(task, vocabulary)
         assert task.output_features["inputs"].vocabulary == vocabulary
     batch = next(eval_batches(settings, task, converter))
     weights = batch.batch["decoder_loss_weights" if "decoder_loss_weights" in batch.batch else "target_weights"]
@@ -237,15 +239,15 @@ def test_targets_are_what_an_evaluation_counts_and_shows(name: str) -> None:
 
 def test_labels_and_positions_keep_their_vocabularies() -> None:
     for name in ("wordnet_supersense_label", "bible_punctuation", "austen_masked_lm", "wordnet_class_member"):
-        task = tasks.get_task_or_mixture(name)
-        changed = tasks.with_vocabulary(task, byte_vocabulary())
+        task = registry.get_task_or_mixture(name)
+        changed = registry.with_vocabulary(task, byte_vocabulary())
         different = {key for key, feature in changed.output_features.items() if feature != task.output_features[key]}
         assert different == ({"inputs", "targets"} if name == "austen_masked_lm" else {"inputs"})
 
 
 def test_labelled_examples_by_hand() -> None:
     def example(name: str) -> Example:
-        task = tasks.get_task_or_mixture(name)
+        task = registry.get_task_or_mixture(name)
         return next(task.get_dataset(OTHERS[name][1], "validation", shuffle=False).as_numpy_iterator())
 
     encode = sentencepiece_vocabulary().encode
@@ -299,7 +301,7 @@ def third_party_task(*, vocabulary: seqio.Vocabulary, task_class: type[seqio.Tas
 
 def test_a_third_party_task_changes_its_text_vocabulary_only() -> None:
     original = third_party_task(vocabulary=seqio.SentencePieceVocabulary("nowhere.model"))
-    changed = tasks.with_vocabulary(original, byte_vocabulary())
+    changed = registry.with_vocabulary(original, byte_vocabulary())
     (example,) = changed.get_dataset(None, "train", shuffle=False).as_numpy_iterator()
     assert example["inputs"].tolist() == [ord("a") + 3, ord("b") + 3]
     assert example["targets"].tolist() == [ord("c") + 3, 1]
@@ -313,7 +315,7 @@ def test_a_third_party_task_changes_its_text_vocabulary_only() -> None:
 
 def test_a_task_that_has_the_vocabulary_already_is_left_alone() -> None:
     task = third_party_task(vocabulary=byte_vocabulary())
-    assert tasks.with_vocabulary(task, byte_vocabulary()) is task
+    assert registry.with_vocabulary(task, byte_vocabulary()) is task
 
 
 def test_a_subclass_of_task_is_refused_rather_than_flattened() -> None:
@@ -322,4 +324,4 @@ def test_a_subclass_of_task_is_refused_rather_than_flattened() -> None:
 
     task = third_party_task(vocabulary=byte_vocabulary(), task_class=FancyTask)
     with pytest.raises(UserError, match="task 'third_party' is a FancyTask"):
-        tasks.with_vocabulary(task, sentencepiece_vocabulary())
+        registry.with_vocabulary(task, sentencepiece_vocabulary())

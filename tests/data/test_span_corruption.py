@@ -9,7 +9,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_like.data import objectives
+from t5x_like.data.objectives import span_corruption
 from t5x_like.data.vocabularies import byte_vocabulary, sentencepiece_vocabulary
 from t5x_like.errors import UserError
 
@@ -40,7 +40,7 @@ def corrupt_documents(documents: list[list[int]], lengths: dict[str, int], seed:
         output_signature={"targets": tf.TensorSpec([None], tf.int32)},
     )
     with seqio.utils.map_seed_manager(seed):
-        return list(objectives.span_corruption(dataset, lengths, FEATURES).as_numpy_iterator())
+        return list(span_corruption.span_corruption(dataset, lengths, FEATURES).as_numpy_iterator())
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def corrupt_documents(documents: list[list[int]], lengths: dict[str, int], seed:
 def test_lengths_are_those_of_the_published_models(
     inputs_length: int, mean_noise_span_length: float, raw_length: int, targets_length: int
 ) -> None:
-    found = objectives.raw_length_and_targets(inputs_length, 0.15, mean_noise_span_length)
+    found = span_corruption.raw_length_and_targets(inputs_length, 0.15, mean_noise_span_length)
     assert found == (raw_length, targets_length)
 
 
@@ -62,7 +62,7 @@ def test_lengths_are_those_of_the_published_models(
 def test_lengths_are_the_longest_that_fit_by_brute_force(noise_density: float, mean: float) -> None:
     def corrupted(raw_length: int) -> tuple[int, int]:
         """Counts the tokens of a corrupted sequence that is written out, its noise last."""
-        noise, spans = objectives.noise_counts(raw_length, noise_density, mean)
+        noise, spans = span_corruption.noise_counts(raw_length, noise_density, mean)
         inputs = ["text"] * (raw_length - noise) + ["sentinel"] * spans + ["eos"]
         targets = ["noise"] * noise + ["sentinel"] * spans + ["eos"]
         return len(inputs), len(targets)
@@ -71,7 +71,7 @@ def test_lengths_are_the_longest_that_fit_by_brute_force(noise_density: float, m
     for inputs_length in [*range(2, 70), 100, 128]:
         fitting = [n for n, (inputs, _) in sizes.items() if inputs <= inputs_length]
         expected = (max(fitting), sizes[max(fitting)][1])
-        assert objectives.raw_length_and_targets(inputs_length, noise_density, mean) == expected
+        assert span_corruption.raw_length_and_targets(inputs_length, noise_density, mean) == expected
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_lengths_are_the_longest_that_fit_by_brute_force(noise_density: float, m
     ],
 )
 def test_noise_counts(length: int, density: float, mean: float, counts: tuple[int, int]) -> None:
-    assert objectives.noise_counts(length, density, mean) == counts
+    assert span_corruption.noise_counts(length, density, mean) == counts
 
 
 def test_one_span_by_hand() -> None:
-    found = objectives.corrupt_spans(tf.range(11, 16), tf.constant(2), tf.constant(1), TOP, seeds(1))
+    found = span_corruption.corrupt_spans(tf.range(11, 16), tf.constant(2), tf.constant(1), TOP, seeds(1))
     assert found["inputs"].numpy().tolist() == [11, 12, 13, TOP]
     assert found["targets"].numpy().tolist() == [TOP, 14, 15]
 
@@ -105,9 +105,9 @@ def test_one_span_by_hand() -> None:
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_corruption_can_be_undone_and_has_the_exact_noise(length: int, density: float, mean: float, seed: int) -> None:
     tokens = list(range(1000, 1000 + length))
-    noise, spans = objectives.noise_counts(length, density, mean)
+    noise, spans = span_corruption.noise_counts(length, density, mean)
     counts = tf.constant(noise), tf.constant(spans)
-    found = objectives.corrupt_spans(tf.constant(tokens), *counts, TOP, seeds(seed))
+    found = span_corruption.corrupt_spans(tf.constant(tokens), *counts, TOP, seeds(seed))
     inputs, targets = found["inputs"].numpy().tolist(), found["targets"].numpy().tolist()
     sentinels = [TOP - i for i in range(spans)]
     assert [token for token in inputs if token > TOP - 100] == sentinels
@@ -123,7 +123,7 @@ def test_corruption_can_be_undone_and_has_the_exact_noise(length: int, density: 
 def test_every_segmentation_is_equally_likely() -> None:
     @tf.function
     def segment(seed: tf.Tensor) -> tf.Tensor:
-        return objectives.random_segmentation(tf.constant(5), tf.constant(3), (seed, seed + 7))
+        return span_corruption.random_segmentation(tf.constant(5), tf.constant(3), (seed, seed + 7))
 
     found = tf.map_fn(segment, tf.range(3000))
     counts = Counter(map(tuple, found.numpy().tolist()))
@@ -135,7 +135,7 @@ def test_every_segmentation_is_equally_likely() -> None:
 def test_segmentation_of_nothing_and_of_single_items() -> None:
     def segment(items: int, segments: int) -> list[int]:
         seed = (tf.constant(1), tf.constant(2))
-        return objectives.random_segmentation(tf.constant(items), tf.constant(segments), seed).numpy().tolist()
+        return span_corruption.random_segmentation(tf.constant(items), tf.constant(segments), seed).numpy().tolist()
 
     assert segment(0, 1) == [0]
     assert segment(7, 1) == [7]
@@ -191,15 +191,15 @@ def test_the_noise_is_a_function_of_the_seed() -> None:
 def test_lengths_that_cannot_work_are_explained(lengths: dict[str, int] | None, message: str) -> None:
     dataset = tf.data.Dataset.from_tensors({"targets": tf.range(300, 310)})
     with pytest.raises(UserError, match=message):
-        objectives.span_corruption(dataset, lengths, FEATURES)
+        span_corruption.span_corruption(dataset, lengths, FEATURES)
 
 
 def test_noise_that_cannot_work_is_explained() -> None:
     with pytest.raises(UserError, match=r"noise_density is 1\.0; it must lie between 0 and 1"):
-        objectives.raw_length_and_targets(512, noise_density=1.0)
+        span_corruption.raw_length_and_targets(512, noise_density=1.0)
     with pytest.raises(UserError, match=r"mean_noise_span_length is 0\.5"):
-        objectives.raw_length_and_targets(512, mean_noise_span_length=0.5)
+        span_corruption.raw_length_and_targets(512, mean_noise_span_length=0.5)
     mixed = {"inputs": seqio.Feature(byte_vocabulary()), "targets": seqio.Feature(VOCABULARY)}
     dataset = tf.data.Dataset.from_tensors({"targets": tf.range(300, 310)})
     with pytest.raises(UserError, match="those of inputs and targets differ"):
-        objectives.span_corruption(dataset, {"inputs": 512, "targets": 114}, mixed)
+        span_corruption.span_corruption(dataset, {"inputs": 512, "targets": 114}, mixed)

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
-from t5x_like.data.masked_lm import Seed, length_of
-from t5x_like.data.objectives import concatenate_and_split
+from t5x_like.data.objectives.masked_lm import Seed, length_of
+from t5x_like.data.objectives.span_corruption import concatenate_and_split
 from t5x_like.data.vocabularies import special_tokens
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import seqio
 
-from t5x_like.data import autoregressive, corpora, masked_lm, metrics, objectives, preprocessors
+from t5x_like.data import corpora, metrics, preprocessors
+from t5x_like.data.objectives import autoregressive, masked_lm, span_corruption
 from t5x_like.data.sources import CorpusSource
 from t5x_like.data.vocabularies import numbers_vocabulary, sentencepiece_vocabulary
 
@@ -46,7 +47,7 @@ TASKS = (
     _task(
         "austen_span_corruption",
         _TEXT_TO_TEXT,
-        objectives.span_corruption,
+        span_corruption.span_corruption,
         seqio.preprocessors.append_eos_after_trim,
     ),
     _task(

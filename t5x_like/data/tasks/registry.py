@@ -1,10 +1,10 @@
 """The registry of seqio tasks and mixtures on the shipped corpora, filled when this module is imported.
 
-Text to text (`text_tasks`): `bible_en_es`, `bible_es_en`, `wordnet_supersense`; mixtures `bible_translation` (both
+Text to text (`text`): `bible_en_es`, `bible_es_en`, `wordnet_supersense`; mixtures `bible_translation` (both
 directions) and `quickstart` (`bible_en_es` and `wordnet_supersense`).
-Pre-training (`pretraining_tasks`): `austen_` and `span_corruption`, `masked_lm`, `whole_word_masked_lm`,
+Pre-training (`pretraining`): `austen_` and `span_corruption`, `masked_lm`, `whole_word_masked_lm`,
 `full_sentences`, `causal_lm`, `prefix_lm` or `permutation_lm`.
-For encoders (`encoder_tasks`): `wordnet_supersense_label`, `bible_punctuation`, `wordnet_class_member`,
+For encoders (`encoder`): `wordnet_supersense_label`, `bible_punctuation`, `wordnet_class_member`,
 `wordnet_definition_choice`.
 """
 
@@ -13,10 +13,10 @@ import difflib
 
 import seqio
 
-from t5x_like.data import encoder_tasks, pretraining_tasks, text_tasks
+from t5x_like.data.tasks import encoder, pretraining, text
 from t5x_like.errors import UserError
 
-_TASKS = (*text_tasks.TASKS, *pretraining_tasks.TASKS, *encoder_tasks.TASKS)
+_TASKS = (*text.TASKS, *pretraining.TASKS, *encoder.TASKS)
 _MIXTURES = {  # rates count examples
     "bible_translation": [("bible_en_es", 1.0), ("bible_es_en", 1.0)],
     "quickstart": [("bible_en_es", 1.0), ("wordnet_supersense", 1.0)],

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
-from t5x_like.data.masked_lm import length_of
+from t5x_like.data.objectives.masked_lm import length_of
 from t5x_like.data.vocabularies import SpecialTokens, special_tokens
 
 Example = dict[str, tf.Tensor]

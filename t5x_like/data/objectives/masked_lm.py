@@ -14,7 +14,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_like.data.objectives import concatenate_and_split
+from t5x_like.data.objectives.span_corruption import concatenate_and_split
 from t5x_like.data.vocabularies import special_tokens, text_tokens, word_starts
 from t5x_like.errors import UserError
 

@@ -7,9 +7,10 @@ from typing import cast
 import numpy as np
 import seqio
 
-from t5x_like.data import corpora, encoder_inputs, metrics, preprocessors, questions
-from t5x_like.data.pretraining_tasks import POSITIONS
+from t5x_like.data import corpora, metrics, preprocessors, questions
+from t5x_like.data.objectives import encoder_inputs
 from t5x_like.data.sources import CorpusSource
+from t5x_like.data.tasks.pretraining import POSITIONS
 from t5x_like.data.vocabularies import labels_vocabulary, numbers_vocabulary, sentencepiece_vocabulary
 
 _SPLITS = ("train", "validation", "test")
