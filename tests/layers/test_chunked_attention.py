@@ -1,6 +1,6 @@
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -259,6 +259,25 @@ def test_fused_falls_back_on_a_cpu() -> None:
     assert_equal(actual, in_torch(arrays, None, np.asarray(mask.allowed())))
 
 
+Tpus = Callable[[str], Sequence[jax.Device]]
+
+
+@pytest.fixture
+def tpus() -> Iterator[Tpus]:
+    """From the name of a topology to its devices."""
+    pytest.importorskip(
+        "libtpu", reason="compiling for a TPU topology needs PyPI's libtpu: pip install 't5x_like[tpu]'"
+    )
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    from jax.experimental import topologies
+
+    # What is compiled for devices that are not there cannot be read back from the cache: keep it out.
+    name, seconds = "jax_persistent_cache_min_compile_time_secs", jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update(name, 1e6)
+    yield lambda topology: topologies.get_topology_desc(topology, platform="tpu").devices
+    jax.config.update(name, seconds)
+
+
 MOVED = Mask(jnp.arange(256), jnp.arange(256) + 1, causal=True)
 
 
@@ -276,23 +295,17 @@ MOVED = Mask(jnp.arange(256), jnp.arange(256) + 1, causal=True)
     ],
 )
 def test_compiled_for_a_tpu(
-    calls: int, q_len: int, head_dim: int, bias: str | None, mask: Callable[[], Mask | None]
+    tpus: Tpus, calls: int, q_len: int, head_dim: int, bias: str | None, mask: Callable[[], Mask | None]
 ) -> None:
-    pytest.importorskip(
-        "libtpu", reason="compiling for a TPU topology needs PyPI's libtpu: pip install 't5x_like[tpu]'"
-    )
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    from jax.experimental import topologies
-
-    device = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
+    device = tpus("v5e:2x2")[0]
     on_device = jax.sharding.SingleDeviceSharding(device)
 
-    def loss(query: jax.Array, key: jax.Array, value: jax.Array, table: jax.Array) -> jax.Array:
+    def on_tpu(query: jax.Array, key: jax.Array, value: jax.Array, table: jax.Array) -> jax.Array:
         known = None if bias is None else bucket_bias(table, q_len, 256)
         return (Fused()(query, key, value, known, mask()).astype(jnp.float32) ** 2).sum()
 
     x = {length: jax.ShapeDtypeStruct((2, length, HEADS, head_dim), jnp.bfloat16) for length in (q_len, 256)}
-    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), in_shardings=on_device, out_shardings=on_device)
+    step = jax.jit(jax.value_and_grad(on_tpu, (0, 1, 2)), in_shardings=on_device, out_shardings=on_device)
     table = jax.ShapeDtypeStruct((HEADS, BUCKETS), jnp.float32)
     text = step.lower(x[q_len], x[256], x[256], table).compile().as_text()
     assert len(re.findall(r'custom_call_target="tpu_custom_call"', text)) == calls
