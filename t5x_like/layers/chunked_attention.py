@@ -1,4 +1,4 @@
-"""Attention in blocks: never more than one block of logits in memory, forward or backward; and by fused kernels.
+"""Attention in blocks: never more than one block of logits in memory, forward or backward.
 
 An online softmax over blocks of keys (Rabe & Staats 2021, "Self-attention does not need O(n^2) memory", section 2),
 which the backward pass recomputes (Dao et al. 2022, "FlashAttention", appendix B).
@@ -34,9 +34,6 @@ Sums = TypeVar("Sums")
 LOWEST = MASKED / 2
 """Where maxima start: a masked logit lies so far below that its weight is 0, even before anything else is seen."""
 
-TILE = 128
-"""The kernels' unit of length, and the longest head they are asked for."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Chunked:
@@ -61,80 +58,10 @@ class Chunked:
         mask = _padded(mask, (batch, q_len, k_len), more)
         mixed, normalizer = _attend(queries, keys, values, _block_bias(bias, batch, more), mask)
         mixed, seeing = _join(mixed, q_len), _join(normalizer[..., None] > LOWEST, q_len)
-        return mixed if mask is None else _mean_unless(seeing, mixed, value)
+        return mixed if mask is None else mean_unless(seeing, mixed, value)
 
 
-@dataclasses.dataclass(frozen=True)
-class Fused:
-    """Attention by JAX's own Pallas kernels where they apply, else by `fallback`; memory is linear either way.
-
-    They apply on TPUs (flash attention) and NVIDIA GPUs (flash attention in Triton), on one device, to lengths that
-    128 divides and heads of 16 to 128, without a bias (the TPU's takes one that is written out, the GPU's none), to a
-    sequence that looks at itself, causally or not, in segments or not; on TPUs also at another one, not causally.
-
-    Never run on real hardware: numbers and gradients of both are tested in interpret mode on a CPU, the TPU's is also
-    compiled for TPU topologies, the GPU's for nothing. Its block sizes are guesses.
-
-    Attributes:
-      fallback: for everything else.
-    """
-
-    fallback: Chunked = Chunked()
-
-    def __call__(self, query: Query, key: Key, value: Key, bias: Bias | None, mask: Mask | None) -> Query:
-        """See `Attend`."""
-        tiled = query.shape[1] % TILE == key.shape[1] % TILE == 0 and 16 <= query.shape[3] <= TILE
-        meshed = jax.sharding.get_abstract_mesh().size > 1
-        if bias is not None or not tiled or meshed or not (mask is None or _only_segments(mask)):
-            return self.fallback(query, key, value, bias, mask)
-
-        def chunked(query: Array, key: Array, value: Array, mask: Mask | None) -> Array:
-            return self.fallback(query, key, value, None, mask)
-
-        square = query.shape[1] == key.shape[1] if mask is None else mask.itself
-        kernels = {"tpu": tpu_kernel, "cuda": gpu_kernel} if square else {"tpu": tpu_kernel}
-        return jax.lax.platform_dependent(query, key, value, mask, **kernels, default=chunked)
-
-
-def _only_segments(mask: Mask) -> bool:
-    return mask.radius is None and mask.seen_by_all is None and (mask.itself or not mask.causal)
-
-
-def tpu_kernel(query: Query, key: Key, value: Key, mask: Mask | None) -> Query:
-    """Flash attention on a TPU, for what `Fused` says."""
-    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, SegmentIds, flash_attention
-
-    segments = None
-    if mask is not None and mask.key_segments is not None:
-        segments = SegmentIds(mask.query_segments, mask.key_segments)
-        if mask.query_segments is None:
-            real = (mask.key_segments > 0).astype(jnp.int32)
-            segments = SegmentIds(jnp.ones((len(real), query.shape[1]), real.dtype), real)
-    q, k = math.gcd(query.shape[1], 4 * TILE), math.gcd(key.shape[1], 4 * TILE)
-    sizes = BlockSizes(q, k, k, 1, *(q, k, k, q), *(k, k, q))  # forward; gradients of keys; of queries
-    heads_first = [x.swapaxes(1, 2) for x in (query, key, value)]
-    causal = mask is not None and mask.causal
-    mixed = flash_attention(*heads_first, None, segments, causal=causal, block_sizes=sizes)
-    return _mean_if_blind(mask, mixed.swapaxes(1, 2), value)
-
-
-def gpu_kernel(query: Query, key: Key, value: Key, mask: Mask | None, interpret: bool = False) -> Query:
-    """Flash attention in Triton on a GPU, for what `Fused` says; `interpret` runs it anywhere, slowly."""
-    from jax.experimental.pallas.ops.gpu.attention import mha
-
-    segments, causal = (None, False) if mask is None else (mask.key_segments, mask.causal)
-    return _mean_if_blind(mask, mha(query, key, value, segments, 1.0, causal, interpret=interpret), value)
-
-
-def _mean_if_blind(mask: Mask | None, mixed: Query, value: Key) -> Query:
-    """Kernels let padding see padding; in a sequence that looks at itself that is all that sees nothing."""
-    if mask is None or mask.key_segments is None:
-        return mixed
-    seeing = mask.query_segments > 0 if mask.itself else mask.allowed().any((1, 3))
-    return _mean_unless(seeing[:, :, None, None], mixed, value)
-
-
-def _mean_unless(seeing: Bool[Array, "batch q_len #heads 1"], mixed: Query, value: Key) -> Query:
+def mean_unless(seeing: Bool[Array, "batch q_len #heads 1"], mixed: Query, value: Key) -> Query:
     """A query that sees nothing has equal logits in the plain form: it gets the mean of all values."""
     mean = value.astype(jnp.float32).mean(1, keepdims=True).astype(value.dtype)
     return jnp.where(jnp.broadcast_to(seeing, mixed.shape), mixed, jnp.broadcast_to(mean, mixed.shape))

@@ -12,7 +12,8 @@ import torch
 from jax.experimental.pallas import tpu as pltpu
 
 from t5x_like.layers.attention import Attend, DotProduct
-from t5x_like.layers.chunked_attention import Chunked, Fused, gpu_kernel, tpu_kernel
+from t5x_like.layers.chunked_attention import Chunked
+from t5x_like.layers.fused_attention import Fused, gpu_kernel, tpu_kernel
 from t5x_like.layers.masks import Mask, within
 from t5x_like.layers.positions import BucketBias, relative_position_bucket
 from t5x_like.sharding import Partitioner, make_mesh
@@ -309,3 +310,19 @@ def test_compiled_for_a_tpu(
     table = jax.ShapeDtypeStruct((HEADS, BUCKETS), jnp.float32)
     text = step.lower(x[q_len], x[256], x[256], table).compile().as_text()
     assert len(re.findall(r'custom_call_target="tpu_custom_call"', text)) == calls
+
+
+def test_compiled_for_a_mesh_of_tpus(tpus: Tpus) -> None:
+    partitioner = Partitioner(make_mesh(data=4, model=2, devices=tpus("v5e:2x4")))
+
+    def on_tpu(query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array) -> jax.Array:
+        mixed = Fused()(query, key, value, None, within(512, ids, causal=True))
+        return (mixed.astype(jnp.float32) ** 2).sum()
+
+    x, ids = jax.ShapeDtypeStruct((8, 512, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((8, 512), jnp.int32)
+    split, batch = partitioner.sharding("batch", "length", "heads"), partitioner.sharding("batch")
+    with partitioner.active():
+        step = jax.jit(jax.grad(on_tpu, (0, 1, 2)), in_shardings=(split,) * 3 + (batch,), out_shardings=(split,) * 3)
+        text = step.lower(x, x, x, ids).compile().as_text()
+    assert len(re.findall(r'custom_call_target="tpu_custom_call"', text)) == 3
+    assert re.findall(r" (all-\w+|collective-permute|reduce-scatter)(?:-start)?\(", text) == []
