@@ -10,10 +10,7 @@ from t5x_like.data.features import ClassificationFeatures
 from t5x_like.data.packing import FeatureConverter
 from t5x_like.decoding.contract import Decoded, DecodeFn
 from t5x_like.layers.moe import RouterReport
-from t5x_like.models.contract import LossAndMetrics
-from t5x_like.models.losses import log_likelihood, loss_and_metrics
 from t5x_like.models.network import NetworkModel
-from t5x_like.models.routing_metrics import with_routing
 from t5x_like.typing import Array, Batch, Float, Int, Params, PRNGKey
 
 
@@ -71,21 +68,6 @@ class ClassificationModel(NetworkModel):
     converter: FeatureConverter = ClassificationFeatures()
     decide: Decide = Likeliest()
 
-    def logits(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> Float[Array, "batch targets classes"]:
-        """Float32 logits of the classes, for every target."""
-        return self._logits(params, batch, key)[0]
-
-    def loss(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> LossAndMetrics:
-        """Cross entropy of the labels that have a weight."""
-        logits, reports = self._logits(params, batch, key)
-        targets, weights = jnp.asarray(batch["target_tokens"]), jnp.asarray(batch["target_weights"])
-        return with_routing(loss_and_metrics(logits, targets, weights), reports)
-
-    def score(self, params: Params, batch: Batch) -> Float[Array, " batch"]:
-        """Log-likelihood of the labels, in nats."""
-        targets, weights = jnp.asarray(batch["target_tokens"]), jnp.asarray(batch["target_weights"])
-        return log_likelihood(self.logits(params, batch), targets, weights)
-
     def generate(
         self, params: Params, batch: Batch, decoder: DecodeFn, max_length: int, key: PRNGKey | None = None
     ) -> Decoded:
@@ -93,14 +75,13 @@ class ClassificationModel(NetworkModel):
         labels, score = self.decide(jax.nn.log_softmax(self.logits(params, batch)))
         return Decoded(labels[:, None], score[:, None])
 
-    def _logits(
-        self, params: Params, batch: Batch, key: PRNGKey | None
+    def forward(
+        self, params: Params, batch: Batch, key: PRNGKey | None = None
     ) -> tuple[Float[Array, "batch targets classes"], dict[str, RouterReport]]:
+        """See `NetworkModel`; choices, which are read one by one, are the classes."""
         tokens = batch["encoder_input_tokens"]
-        logits, reports = self.forward(params, batch, key)
-        if tokens.ndim == 3:  # choices, read one by one, are the classes
-            logits = logits.reshape(len(tokens), 1, tokens.shape[1])
-        return logits.astype(jnp.float32), reports
+        logits, reports = super().forward(params, batch, key)
+        return logits.reshape(len(tokens), 1, tokens.shape[1]) if tokens.ndim == 3 else logits, reports
 
     def _arguments(self, batch: Batch) -> dict[str, Array]:
         arguments = super()._arguments(batch)

@@ -8,10 +8,7 @@ import jax.numpy as jnp
 from t5x_like.architectures.stack import reorder_cache
 from t5x_like.data.features import DecoderFeatures
 from t5x_like.decoding.contract import Cache, Decoded, DecodeFn, Stepper
-from t5x_like.models.contract import LossAndMetrics
-from t5x_like.models.losses import log_likelihood, loss_and_metrics
 from t5x_like.models.network import NetworkModel
-from t5x_like.models.routing_metrics import with_routing
 from t5x_like.typing import Array, Batch, Bool, Float, Int, Params, PRNGKey
 
 
@@ -30,26 +27,16 @@ class DecoderOnlyModel(NetworkModel):
     network_inputs: ClassVar[tuple[str, ...]] = (
         *("decoder_input_tokens", "decoder_segment_ids", "decoder_positions", "decoder_causal_attention"),
     )
+    target_names: ClassVar[tuple[str, str]] = ("decoder_target_tokens", "decoder_loss_weights")
 
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     eos_id: int = 1
     converter: DecoderFeatures = DecoderFeatures()
 
-    def logits(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> Float[Array, "batch length vocab"]:
-        """Float32 logits of every next token, given the true ones before it."""
-        return self.forward(params, batch, key)[0]
-
-    def loss(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> LossAndMetrics:
-        """Cross entropy of the tokens that have a weight."""
-        logits, reports = self.forward(params, batch, key)
-        targets, weights = jnp.asarray(batch["decoder_target_tokens"]), jnp.asarray(batch["decoder_loss_weights"])
-        return with_routing(loss_and_metrics(logits, targets, weights, self.label_smoothing, self.z_loss), reports)
-
-    def score(self, params: Params, batch: Batch) -> Float[Array, " batch"]:
-        """Log-likelihood of the targets given the inputs, end token included, in nats."""
-        targets, weights = jnp.asarray(batch["decoder_target_tokens"]), jnp.asarray(batch["decoder_loss_weights"])
-        return log_likelihood(self.logits(params, batch), targets, weights)
+    def regularisers(self) -> tuple[float, float]:
+        """See `NetworkModel`."""
+        return self.label_smoothing, self.z_loss
 
     def generate(
         self, params: Params, batch: Batch, decoder: DecodeFn, max_length: int, key: PRNGKey | None = None

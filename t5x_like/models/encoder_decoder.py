@@ -1,7 +1,6 @@
 """Models that read one sequence and write another: T5 and everything shaped like it."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -9,11 +8,7 @@ import jax.numpy as jnp
 from t5x_like.architectures.stack import reorder_cache
 from t5x_like.data.packing import EncoderDecoderFeatures
 from t5x_like.decoding.contract import Cache, Decoded, DecodeFn, Stepper
-from t5x_like.layers.moe import RouterReport
-from t5x_like.models.contract import LossAndMetrics
-from t5x_like.models.losses import log_likelihood, loss_and_metrics
 from t5x_like.models.network import Network, NetworkModel
-from t5x_like.models.routing_metrics import with_routing
 from t5x_like.typing import Array, Batch, Float, Int, Params, PRNGKey
 
 
@@ -43,6 +38,7 @@ class EncoderDecoderModel(NetworkModel):
         *("encoder_input_tokens", "decoder_input_tokens", "encoder_segment_ids", "decoder_segment_ids"),
         *("encoder_positions", "decoder_positions", "global_attention_mask"),
     )
+    target_names: ClassVar[tuple[str, str]] = ("decoder_target_tokens", "decoder_loss_weights")
 
     network: EncoderDecoderNetwork
     z_loss: float = 1e-4
@@ -50,25 +46,9 @@ class EncoderDecoderModel(NetworkModel):
     eos_id: int = 1
     start_id: int = 0
 
-    def logits(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> Float[Array, "batch length vocab"]:
-        """Float32 logits of every next token, given the true ones before it."""
-        return self.forward(params, batch, key)[0]
-
-    def loss(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> LossAndMetrics:
-        """Cross entropy with z-loss and smoothing, auxiliary losses, and what is worth watching beside them."""
-        return self.loss_of(*self.forward(params, batch, key), batch)
-
-    def loss_of(
-        self, logits: Float[Array, "batch length vocab"], reports: Mapping[str, RouterReport], batch: Batch
-    ) -> LossAndMetrics:
-        """`loss` from what `forward` returned."""
-        targets, weights = jnp.asarray(batch["decoder_target_tokens"]), jnp.asarray(batch["decoder_loss_weights"])
-        return with_routing(loss_and_metrics(logits, targets, weights, self.label_smoothing, self.z_loss), reports)
-
-    def score(self, params: Params, batch: Batch) -> Float[Array, " batch"]:
-        """Log-likelihood of the targets, end token included, in nats."""
-        targets, weights = jnp.asarray(batch["decoder_target_tokens"]), jnp.asarray(batch["decoder_loss_weights"])
-        return log_likelihood(self.logits(params, batch), targets, weights)
+    def regularisers(self) -> tuple[float, float]:
+        """See `NetworkModel`."""
+        return self.label_smoothing, self.z_loss
 
     def generate(
         self, params: Params, batch: Batch, decoder: DecodeFn, max_length: int, key: PRNGKey | None = None

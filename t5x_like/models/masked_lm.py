@@ -1,6 +1,7 @@
 """Models that fill in what was masked: BERT, RoBERTa, Longformer."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -10,10 +11,10 @@ from t5x_like.architectures.heads import MaskedLogits
 from t5x_like.data.features import MaskedLMFeatures
 from t5x_like.decoding.contract import Decoded, DecodeFn
 from t5x_like.errors import UserError
+from t5x_like.layers.moe import RouterReport
 from t5x_like.models.contract import LossAndMetrics
 from t5x_like.models.losses import log_likelihood, loss_and_metrics
 from t5x_like.models.network import NetworkModel
-from t5x_like.models.routing_metrics import with_routing
 from t5x_like.typing import Array, Batch, Float, Int, Params, PRNGKey
 
 
@@ -36,22 +37,18 @@ class MaskedLMModel(NetworkModel):
 
     def logits(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> Float[Array, "batch targets vocab"]:
         """Float32 logits of the token at every target position; everywhere, if the batch has no `target_positions`."""
-        return self._logits(params, batch, key).tokens
+        return self.forward(params, batch, key)[0].tokens
 
-    def loss(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> LossAndMetrics:
+    def loss_of(self, outputs: MaskedLogits, reports: Mapping[str, RouterReport], batch: Batch) -> LossAndMetrics:
         """Cross entropy of the masked tokens; with next sentences, the sum of both means (Devlin et al. 2019, A.2)."""
-        outputs, reports = self.forward(params, batch, key)
-        targets, weights = jnp.asarray(batch["target_tokens"]), jnp.asarray(batch["target_weights"])
-        sums = loss_and_metrics(outputs.tokens, targets, weights)
-        if outputs.next_sentence is not None and "next_sentence_labels" in batch:
-            real = weights.any(axis=1, keepdims=True)
-            labels = jnp.asarray(batch["next_sentence_labels"])
-            follows = loss_and_metrics(outputs.next_sentence, labels, real)
-            metrics = {"next_sentence_loss": follows.loss, "next_sentence_accuracy": follows.metrics["accuracy"]}
-            total = sums.loss.total + sums.loss.weight * follows.loss.mean()
-            masked = {"masked_lm_loss": sums.loss}
-            sums = LossAndMetrics(sums.loss._replace(total=total), sums.metrics | masked | metrics)
-        return with_routing(sums, reports)
+        sums = super().loss_of(outputs.tokens, reports, batch)
+        if outputs.next_sentence is None or "next_sentence_labels" not in batch:
+            return sums
+        labels, real = jnp.asarray(batch["next_sentence_labels"]), self.targets(batch)[1].any(axis=1, keepdims=True)
+        follows = loss_and_metrics(outputs.next_sentence, labels, real)
+        metrics = {"next_sentence_loss": follows.loss, "next_sentence_accuracy": follows.metrics["accuracy"]}
+        total = sums.loss.total + sums.loss.weight * follows.loss.mean()
+        return LossAndMetrics(sums.loss._replace(total=total), sums.metrics | {"masked_lm_loss": sums.loss} | metrics)
 
     def score(self, params: Params, batch: Batch) -> Float[Array, " batch"]:
         """Pseudo-log-likelihood of the targets (Salazar et al. 2020), in nats: each is masked alone, in the true text.
@@ -65,18 +62,17 @@ class MaskedLMModel(NetworkModel):
             raise UserError("MaskedLMModel.mask_id is None: tokens are scored masked; set it to the id that masks them")
         mask_id = self.mask_id
         text, positions = jnp.asarray(batch["encoder_input_tokens"]), jnp.asarray(batch["target_positions"])
-        targets, weights = jnp.asarray(batch["target_tokens"]), jnp.asarray(batch["target_weights"])
+        targets, weights = self.targets(batch)
         columns = jnp.arange(text.shape[1])[None]
         rows = jnp.arange(len(text))[:, None]
-        # Positions without a weight are written over themselves: they may repeat one that has a weight.
-        places = jnp.where(weights > 0, positions, text.shape[1])
+        places = jnp.where(weights > 0, positions, text.shape[1])  # none of the text, where there is no target
         text = text.at[rows, places].set(targets, mode="drop")
 
         def one(target: tuple[Int[Array, " batch"], ...]) -> Float[Array, " batch"]:
             position, token, weight = target
             masked = jnp.where(columns == position[:, None], mask_id, text)
             inputs = {**batch, "encoder_input_tokens": masked, "target_positions": position[:, None]}
-            return log_likelihood(self._logits(params, inputs).tokens, token[:, None], weight[:, None])
+            return log_likelihood(self.logits(params, inputs), token[:, None], weight[:, None])
 
         return jax.lax.map(one, (positions.T, targets.T, weights.T)).sum(axis=0)
 
@@ -88,6 +84,3 @@ class MaskedLMModel(NetworkModel):
             "a masked language model does not generate text; evaluate tasks that are scored only, or fine-tune it "
             "(configs/architectures/classifier.gin)"
         )
-
-    def _logits(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> MaskedLogits:
-        return self.forward(params, batch, key)[0]

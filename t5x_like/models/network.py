@@ -1,4 +1,4 @@
-"""What every model does with its network: parameters out of it, and its `__call__` on the arrays of a batch."""
+"""What every model does with its network: parameters, logits, losses and scores out of it and a batch."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,7 +9,10 @@ import jax.numpy as jnp
 
 from t5x_like.architectures.variables import logical_axes, router_reports, unbox
 from t5x_like.layers.moe import REPORTS, RouterReport
-from t5x_like.typing import Array, Batch, Params, PRNGKey, PyTree
+from t5x_like.models.contract import LossAndMetrics
+from t5x_like.models.losses import log_likelihood, loss_and_metrics
+from t5x_like.models.routing_metrics import with_routing
+from t5x_like.typing import Array, Batch, Float, Int, Params, PRNGKey, PyTree
 
 
 @runtime_checkable
@@ -29,13 +32,14 @@ class Network(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class NetworkModel:
-    """The base of models.
+    """The base of models; a network that puts out logits needs no more.
 
     Attributes:
       network: its `__call__` takes arrays of the batch under their own names, those in `network_inputs`.
     """
 
     network_inputs: ClassVar[tuple[str, ...]]
+    target_names: ClassVar[tuple[str, str]] = ("target_tokens", "target_weights")
 
     network: Network
 
@@ -58,6 +62,31 @@ class NetworkModel:
             mutable=[REPORTS],
         )
         return outputs, router_reports(variables, params)
+
+    def logits(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> Float[Array, "batch targets classes"]:
+        """Float32 logits, for every target: of tokens, given the true ones before, or of classes."""
+        return self.forward(params, batch, key)[0]
+
+    def loss(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> LossAndMetrics:
+        """Cross entropy of the targets that have a weight, auxiliary losses, and what is worth watching beside them."""
+        return self.loss_of(*self.forward(params, batch, key), batch)
+
+    def loss_of(self, outputs: PyTree[Array], reports: Mapping[str, RouterReport], batch: Batch) -> LossAndMetrics:
+        """`loss` from what `forward` returned."""
+        return with_routing(loss_and_metrics(outputs, *self.targets(batch), *self.regularisers()), reports)
+
+    def score(self, params: Params, batch: Batch) -> Float[Array, " batch"]:
+        """Log-likelihood of each example's targets, an end token included where there is one, in nats."""
+        return log_likelihood(self.logits(params, batch), *self.targets(batch))
+
+    def targets(self, batch: Batch) -> tuple[Int[Array, "batch targets"], Int[Array, "batch targets"]]:
+        """What is to be predicted, and which of it counts."""
+        tokens, weights = (jnp.asarray(batch[name]) for name in self.target_names)
+        return tokens, weights
+
+    def regularisers(self) -> tuple[float, float]:
+        """The shares of label smoothing and z-loss."""
+        return 0.0, 0.0
 
     def _arguments(self, batch: Batch) -> dict[str, Array]:
         return {name: jnp.asarray(batch[name]) for name in self.network_inputs if name in batch}

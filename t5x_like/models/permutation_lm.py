@@ -8,11 +8,8 @@ import jax.numpy as jnp
 from t5x_like.data.features import PermutationFeatures
 from t5x_like.decoding.contract import Decoded, DecodeFn
 from t5x_like.errors import UserError
-from t5x_like.models.contract import LossAndMetrics
-from t5x_like.models.losses import log_likelihood, loss_and_metrics
 from t5x_like.models.network import NetworkModel
-from t5x_like.models.routing_metrics import with_routing
-from t5x_like.typing import Array, Batch, Bool, Float, Int, Params, PRNGKey
+from t5x_like.typing import Array, Batch, Bool, Int, Params, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,21 +28,6 @@ class PermutationLMModel(NetworkModel):
     network_inputs: ClassVar[tuple[str, ...]] = ("input_tokens", "perm_mask", "target_positions", "segment_ids")
 
     converter: PermutationFeatures = PermutationFeatures()
-
-    def logits(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> Float[Array, "batch targets vocab"]:
-        """Float32 logits of every target; without targets, of every position from all that is seen there."""
-        return self.forward(params, batch, key)[0]
-
-    def loss(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> LossAndMetrics:
-        """Cross entropy of the targets that have a weight."""
-        logits, reports = self.forward(params, batch, key)
-        targets, weights = jnp.asarray(batch["target_tokens"]), jnp.asarray(batch["target_weights"])
-        return with_routing(loss_and_metrics(logits, targets, weights), reports)
-
-    def score(self, params: Params, batch: Batch) -> Float[Array, " batch"]:
-        """Log-likelihood of the targets in the batch's order, in nats: by the chain rule, exact for that order."""
-        targets, weights = jnp.asarray(batch["target_tokens"]), jnp.asarray(batch["target_weights"])
-        return log_likelihood(self.logits(params, batch), targets, weights)
 
     def generate(
         self, params: Params, batch: Batch, decoder: DecodeFn, max_length: int, key: PRNGKey | None = None
