@@ -18,6 +18,9 @@ from t5x_like.data.packing import EncoderDecoderFeatures, Example, FeatureConver
 from t5x_like.data.vocabularies import special_tokens
 from t5x_like.errors import UserError
 
+BLANK = "[MASK]"
+"""What a user writes for a token that a masked language model is to fill in."""
+
 
 class Vocabularies(NamedTuple):
     """What texts are written in; labels have a vocabulary of their own."""
@@ -32,8 +35,8 @@ def example(converter: FeatureConverter, inputs: str, targets: str, vocabularies
 
     Encoder-decoders and decoders read `inputs` and write `targets`, which end with EOS. A masked language model reads
     `[CLS] inputs [SEP] targets [SEP]` (`[CLS] targets [SEP]` without inputs), a permuted one `inputs targets [SEP]
-    [CLS]`; both are asked for every token of the targets. A classifier reads `[CLS] inputs [SEP]`, and `targets` names
-    labels.
+    [CLS]`; both are asked for every token of the targets. Without targets, a masked one is asked for every `BLANK`. A
+    classifier reads `[CLS] inputs [SEP]`, and `targets` names labels.
 
     Raises:
       UserError: the model reads something that is not a pair of texts.
@@ -59,7 +62,8 @@ def _(converter: DecoderFeatures, inputs: str, targets: str, vocabularies: Vocab
 
 @example.register
 def _(converter: MaskedLMFeatures, inputs: str, targets: str, vocabularies: Vocabularies) -> Example:
-    return _framed(inputs, targets, vocabularies.inputs) | {"next_sentence": _ids([0])}
+    given = _framed(inputs, targets, vocabularies.inputs) if targets else _blanks(inputs, vocabularies.inputs)
+    return given | {"next_sentence": _ids([0])}
 
 
 @example.register
@@ -96,6 +100,20 @@ def _framed(first: str, second: str, vocabulary: seqio.Vocabulary) -> dict[str, 
         "segment_ids": _ids([0] * len(opening) + [1 if first else 0] * (len(tokens) - len(opening))),
         "targets": _ids(targets),
         "target_positions": np.arange(len(opening), len(opening) + len(targets), dtype=np.int32),
+    }
+
+
+def _blanks(text: str, vocabulary: seqio.Vocabulary) -> dict[str, np.ndarray]:
+    """`[CLS] text [SEP]`, of which every `BLANK` is a target (whose token nobody knows: the mask stands for it)."""
+    special, first, *rest = special_tokens(vocabulary), *text.split(BLANK)
+    tokens = [special.cls, *vocabulary.encode(first)]
+    for part in rest:
+        tokens += [special.mask, *vocabulary.encode(part)]
+    places = [place for place, token in enumerate(tokens) if token == special.mask]
+    return {
+        "inputs": _ids([*tokens, special.sep]),
+        "targets": _ids([special.mask] * len(places)),
+        "target_positions": _ids(places),
     }
 
 

@@ -79,8 +79,5 @@ class MaskedLMModel(NetworkModel):
     def generate(
         self, params: Params, batch: Batch, decoder: DecodeFn, max_length: int, key: PRNGKey | None = None
     ) -> Decoded:
-        """Raises `UserError`: a masked language model has no order to write in."""
-        raise UserError(
-            "a masked language model does not generate text; evaluate tasks that are scored only, or fine-tune it "
-            "(configs/architectures/classifier.gin)"
-        )
+        """What was masked, filled in: for every target the token that is most likely; nothing is searched."""
+        return self.likeliest(params, batch)

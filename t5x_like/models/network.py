@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_like.architectures.variables import logical_axes, router_reports, unbox
+from t5x_like.decoding.contract import Decoded
 from t5x_like.layers.moe import REPORTS, RouterReport
 from t5x_like.models.contract import LossAndMetrics
 from t5x_like.models.losses import log_likelihood, loss_and_metrics
@@ -78,6 +79,12 @@ class NetworkModel:
     def score(self, params: Params, batch: Batch) -> Float[Array, " batch"]:
         """Log-likelihood of each example's targets, an end token included where there is one, in nats."""
         return log_likelihood(self.logits(params, batch), *self.targets(batch))
+
+    def likeliest(self, params: Params, batch: Batch) -> Decoded:
+        """For every target by itself the token that is most likely, and their log-probability together."""
+        log_probs, weights = jax.nn.log_softmax(self.logits(params, batch)), self.targets(batch)[1]
+        tokens = jnp.where(weights > 0, jnp.argmax(log_probs, axis=-1), 0)
+        return Decoded(tokens[:, None], jnp.where(weights > 0, log_probs.max(axis=-1), 0.0).sum(axis=-1)[:, None])
 
     def targets(self, batch: Batch) -> tuple[Int[Array, "batch targets"], Int[Array, "batch targets"]]:
         """What is to be predicted, and which of it counts."""

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from t5x_like.data.features import PermutationFeatures
 from t5x_like.decoding.contract import Decoded, DecodeFn
-from t5x_like.errors import UserError
 from t5x_like.models.network import NetworkModel
 from t5x_like.typing import Array, Batch, Bool, Int, Params, PRNGKey
 
@@ -32,11 +31,8 @@ class PermutationLMModel(NetworkModel):
     def generate(
         self, params: Params, batch: Batch, decoder: DecodeFn, max_length: int, key: PRNGKey | None = None
     ) -> Decoded:
-        """Raises `UserError`: which positions are to be filled, and in what order, a search does not know."""
-        raise UserError(
-            "a permutation language model does not generate text: it fills positions that are chosen beforehand, in an "
-            "order of their own; evaluate tasks that are scored only"
-        )
+        """What was left out, filled in: for every target the token that is most likely in the batch's order."""
+        return self.likeliest(params, batch)
 
     def _arguments(self, batch: Batch) -> dict[str, Array]:
         arguments = super()._arguments(batch)

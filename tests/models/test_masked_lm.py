@@ -7,7 +7,6 @@ from tiny_family import VOCAB, random_params, tiny_bert
 from t5x_like.architectures.heads import ClassificationHead, MaskedLanguageModelHead
 from t5x_like.data.features import MaskedLMFeatures
 from t5x_like.decoding.greedy import Greedy
-from t5x_like.errors import UserError
 from t5x_like.models.masked_lm import MaskedLMModel
 
 MASK = 16
@@ -64,6 +63,10 @@ def test_logits_everywhere_or_at_targets() -> None:
     np.testing.assert_allclose(at_targets[0, :2], everywhere[0, np.array([1, 3])], rtol=1e-5, atol=1e-6)
 
 
-def test_it_does_not_write() -> None:
-    with pytest.raises(UserError, match="does not generate"):
-        MODEL.generate(PARAMS, BATCH, Greedy(), 4)
+def test_it_fills_in_what_is_most_likely() -> None:
+    found = MODEL.generate(PARAMS, BATCH, Greedy(), 3)
+    for row, (example, positions) in enumerate(zip(EXAMPLES, POSITIONS, strict=True)):
+        table = log_probs(example["inputs"], example["segment_ids"])[0][positions]
+        assert found.tokens[row, 0, : len(positions)].tolist() == table.argmax(1).tolist()
+        assert found.scores[row, 0] == pytest.approx(table.max(1).sum(), rel=1e-5)
+    assert found.tokens[2].tolist() == [[0, 0, 0]]

@@ -9,7 +9,6 @@ from t5x_like.architectures.stack import LayerStack
 from t5x_like.architectures.transformer import Encoder, EncoderLayer
 from t5x_like.architectures.xlnet import XLNet
 from t5x_like.decoding.greedy import Greedy
-from t5x_like.errors import UserError
 from t5x_like.layers.embeddings import Embedding
 from t5x_like.layers.norms import LayerNorm
 from t5x_like.layers.residual import PostNorm
@@ -77,6 +76,8 @@ def test_a_token_is_known_to_higher_ranks_only(position: int, unaware: list[int]
     np.testing.assert_array_equal(found[0, unaware], LOGITS[0, unaware])
 
 
-def test_it_does_not_write() -> None:
-    with pytest.raises(UserError, match="does not generate"):
-        MODEL.generate(PARAMS, BATCH, Greedy(), 4)
+def test_it_fills_in_what_is_most_likely() -> None:
+    found = MODEL.generate(PARAMS, BATCH, Greedy(), 4)
+    expected = np.where(BATCH["target_weights"] > 0, LOGITS.argmax(-1), 0)
+    assert expected.any()
+    np.testing.assert_array_equal(found.tokens[:, 0], expected)
