@@ -72,6 +72,8 @@ def test_trains_and_goes_on_bitwise_and_scores_and_infers(name: str, tmp_path: P
     assert train_tiny(folder, config=config) == 0
     assert digests(folder) == uninterrupted
     (evaluated,) = (folder / "eval").glob("*/4.jsonl")
+    evaluated.unlink()
+    assert cli.main(["evaluate", f"--gin.MODEL_DIR={folder}", "--gin.EVAL_EXAMPLES=5"]) == 0
     rows = [json.loads(line) for line in evaluated.read_text().splitlines()]
     assert len(rows) == 5
     assert all(row["score"] < 0 for row in rows)
@@ -101,3 +103,20 @@ def test_a_classifier_starts_from_a_pretrained_encoder(tmp_path: Path) -> None:
     found = infer(folder, inputs)
     assert [row["targets"] for row in found] == ["animal", ""]
     assert [row["predictions"] for row in found] == model.generate(["cat: a small animal", "oak: a tree"])
+
+
+@pytest.mark.parametrize(
+    ("head", "run", "lengths"),
+    [
+        ("token_classifier", "classify_tokens", "'inputs': 72, 'targets': 52"),
+        ("span_classifier", "find_span", "'inputs': 224, 'targets': 2"),
+        ("multiple_choice", "choose", "'inputs': 320, 'targets': 1"),
+    ],
+)
+def test_other_heads_train_and_answer(head: str, run: str, lengths: str, tmp_path: Path) -> None:
+    system = System(("models/bert_tiny", f"architectures/{head}", f"runs/{run}"), lengths)
+    assert train_tiny(tmp_path / "run", config=system.config()) == 0
+    (evaluated,) = (tmp_path / "run" / "eval").glob("*/4.jsonl")
+    rows = [json.loads(line) for line in evaluated.read_text().splitlines()]
+    assert len(rows) == 5
+    assert all(row["predictions"] and row["score"] < 0 for row in rows)
