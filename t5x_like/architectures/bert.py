@@ -5,6 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
+from t5x_like.layers.logits import multiplied_out
 from t5x_like.layers.masks import within
 from t5x_like.layers.routing import Tokens
 from t5x_like.typing import Array, Bool, Float, Int, PyTree
@@ -25,7 +26,7 @@ class Bert(nn.Module):
     head: nn.Module
     pad_id: int = 0
 
-    def __call__(
+    def outputs(
         self,
         encoder_input_tokens: Int[Array, "batch length"],
         segment_ids: Int[Array, "batch length"] | None = None,
@@ -41,7 +42,9 @@ class Bert(nn.Module):
           target_positions: where a language model's head is to predict; None is everywhere.
         """
         x = self.encode(encoder_input_tokens, segment_ids, global_attention_mask)
-        return self.head(x, self.token_embedder.attend, target_positions)
+        return self.head(x, self.token_embedder.logits, target_positions)
+
+    __call__ = multiplied_out(outputs)
 
     def encode(
         self,

@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from t5x_like.layers.logits import LazyLogits, multiplied_out
 from t5x_like.layers.masks import Mask, within
 from t5x_like.layers.routing import Tokens
-from t5x_like.sharding import constrain
 from t5x_like.typing import Array, Bool, Float, Int
 
 
@@ -25,14 +25,14 @@ class Gpt(nn.Module):
     decoder: nn.Module
     prefix_lm: bool = False
 
-    def __call__(
+    def outputs(
         self,
         decoder_input_tokens: Int[Array, "batch length"],
         decoder_segment_ids: Int[Array, "batch length"] | None = None,
         decoder_positions: Int[Array, "batch length"] | None = None,
         decoder_causal_attention: Int[Array, "batch length"] | None = None,
-    ) -> Float[Array, "batch length vocab"]:
-        """Float32 logits of every next token.
+    ) -> LazyLogits:
+        """Logits of every next token.
 
         Args:
           decoder_input_tokens: ids.
@@ -46,9 +46,11 @@ class Gpt(nn.Module):
             mask = self._with_prefix(mask, decoder_causal_attention > 0)
         return self._decode(decoder_input_tokens, mask, decoder_positions)
 
+    __call__ = multiplied_out(outputs)
+
     def make_cache(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
         """Run with a mutable `cache`: makes room for `length` tokens."""
-        return self._decode(tokens, within(tokens.shape[1], causal=True), None)
+        return self._decode(tokens, within(tokens.shape[1], causal=True), None).values()
 
     def decode_step(
         self,
@@ -69,16 +71,15 @@ class Gpt(nn.Module):
         mask = Mask(queries, jnp.arange(real.shape[1]), key_segments=real.astype(jnp.int32), causal=True)
         places = jnp.maximum(jnp.cumsum(real.astype(jnp.int32), axis=1) - 1, 0)
         places = jax.lax.dynamic_slice_in_dim(places, position, tokens.shape[1], axis=1)
-        return self._decode(tokens, self._with_prefix(mask, prefix), places, position)
+        return self._decode(tokens, self._with_prefix(mask, prefix), places, position).values()
 
     def _decode(
         self, tokens: Array, mask: Mask, positions: Array | None, position: Int[Array, ""] | None = None
-    ) -> Float[Array, "batch length vocab"]:
+    ) -> LazyLogits:
         real = jnp.ones_like(tokens, jnp.bool_) if mask.query_segments is None else mask.query_segments > 0
         x = self.token_embedder(tokens, positions)
         x = self.decoder(x, None, mask, None, Tokens(tokens, real), position)
-        logits = self.token_embedder.attend(x) if self.decoder.logits_dense is None else x
-        return constrain(logits.astype(jnp.float32), "batch", "length", "vocab")
+        return x if isinstance(x, LazyLogits) else self.token_embedder.logits(x)
 
     def _with_prefix(self, mask: Mask, prefix: Bool[Array, "batch length"]) -> Mask:
         return dataclasses.replace(mask, seen_by_all=prefix) if self.prefix_lm else mask

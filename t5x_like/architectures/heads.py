@@ -9,11 +9,12 @@ from flax.typing import Initializer
 
 from t5x_like.layers.dropout import Dropout
 from t5x_like.layers.linear import Linear, Normal
+from t5x_like.layers.logits import LazyLogits
 from t5x_like.layers.mlp import ACTIVATIONS
 from t5x_like.layers.norms import LayerNorm
 from t5x_like.typing import Array, Float, Int
 
-Attended: TypeAlias = Callable[[Float[Array, "batch targets embed"]], Float[Array, "batch targets vocab"]]
+Attended: TypeAlias = Callable[[Float[Array, "batch targets embed"]], LazyLogits]
 Hidden: TypeAlias = Float[Array, "batch length embed"]
 Positions: TypeAlias = Int[Array, "batch targets"] | None
 
@@ -26,7 +27,7 @@ class MaskedLogits(NamedTuple):
       next_sentence: logits that the second segment follows the first (class 0) or not (1); None without such a head.
     """
 
-    tokens: Float[Array, "batch targets vocab"]
+    tokens: LazyLogits | Float[Array, "batch targets vocab"]
     next_sentence: Float[Array, "batch 1 2"] | None
 
 
@@ -64,7 +65,7 @@ class MaskedLanguageModelHead(nn.Module):
         transform = _dense(self, "transform", hidden.shape[-1])
         x = self.norm(ACTIVATIONS[self.activation](transform(chosen)))
         follows = None if self.next_sentence is None else self.next_sentence(hidden, attend)
-        return MaskedLogits(attend(x).astype(jnp.float32), follows)
+        return MaskedLogits(attend(x), follows)
 
 
 class ClassificationHead(nn.Module):

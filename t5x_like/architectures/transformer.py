@@ -14,6 +14,7 @@ from t5x_like.architectures.stack import LayerStack
 from t5x_like.errors import UserError
 from t5x_like.layers.attention import Bias
 from t5x_like.layers.dropout import Dropout
+from t5x_like.layers.logits import LazyLogits, multiplied_out
 from t5x_like.layers.masks import Mask, within
 from t5x_like.layers.norms import RMSNorm
 from t5x_like.layers.residual import PreNorm, Residual
@@ -181,13 +182,13 @@ class Decoder(nn.Module):
         tokens: Tokens,
         position: Int[Array, ""] | None = None,
         output_scale: float = 1.0,
-    ) -> Float[Array, "batch length _"]:
+    ) -> LazyLogits | Float[Array, "batch length embed"]:
         """Logits, or hidden states where there is no `logits_dense`."""
         bias = position_bias(self.relpos_bias, mask)
         x = constrain(Dropout(self.dropout_rate)(x), "batch", "length", "embed")
         x = self.stack(self, x, encoded, bias, mask, cross_mask, position, tokens)
         x = _end(self, "decoder_norm", x) * output_scale
-        return x if self.logits_dense is None else self.logits_dense(x)
+        return x if self.logits_dense is None else self.logits_dense.logits(x)
 
 
 def _end(stack: Encoder | Decoder, name: str, x: Array) -> Array:
@@ -213,7 +214,7 @@ class Transformer(nn.Module):
     decoder: nn.Module
     pad_id: int = 0
 
-    def __call__(
+    def outputs(
         self,
         encoder_input_tokens: Int[Array, "batch encoder_length"],
         decoder_input_tokens: Int[Array, "batch length"],
@@ -222,8 +223,8 @@ class Transformer(nn.Module):
         encoder_positions: Int[Array, "batch encoder_length"] | None = None,
         decoder_positions: Int[Array, "batch length"] | None = None,
         global_attention_mask: Int[Array, "batch encoder_length"] | None = None,
-    ) -> Float[Array, "batch length vocab"]:
-        """Float32 logits of every next token, given the true ones before it (teacher forcing)."""
+    ) -> LazyLogits:
+        """Logits of every next token, given the true ones before it (teacher forcing)."""
         encoded = self.encode(encoder_input_tokens, encoder_segment_ids, encoder_positions, global_attention_mask)
         mask = within(decoder_input_tokens.shape[1], decoder_segment_ids, causal=True)
         columns = jnp.arange(encoder_input_tokens.shape[1])
@@ -234,6 +235,8 @@ class Transformer(nn.Module):
             self._segments(encoder_input_tokens, encoder_segment_ids),
         )
         return self.decode(decoder_input_tokens, encoded, mask, cross_mask, positions=decoder_positions)
+
+    __call__ = multiplied_out(outputs)
 
     def encode(
         self,
@@ -257,8 +260,8 @@ class Transformer(nn.Module):
         cross_mask: Mask | None,
         position: Int[Array, ""] | None = None,
         positions: Int[Array, "#batch length"] | None = None,
-    ) -> Float[Array, "batch length vocab"]:
-        """Decoder logits (float32) under explicit masks; without segments, all but padding behind column 0 is real."""
+    ) -> LazyLogits:
+        """Decoder logits under explicit masks; without segments, all but padding behind column 0 is real."""
         x = self.token_embedder(tokens, mask.query_positions[None] if positions is None else positions)
         if mask.query_segments is None:
             real = self.is_real(tokens) | (mask.query_positions == 0)[None]  # the start token is T5's padding
@@ -266,14 +269,13 @@ class Transformer(nn.Module):
             real = mask.query_segments > 0
         scale = self.output_scale(x.shape[-1])
         x = self.decoder(x, encoded, mask, cross_mask, Tokens(tokens, real), position, scale)
-        logits = self.token_embedder.attend(x) if self.decoder.logits_dense is None else x
-        return constrain(logits.astype(jnp.float32), "batch", "length", "vocab")
+        return x if isinstance(x, LazyLogits) else self.token_embedder.logits(x)
 
     def make_cache(
         self, encoded: Float[Array, "batch encoder_length embed"], tokens: Int[Array, "batch length"]
     ) -> Float[Array, "batch length vocab"]:
         """Run with a mutable `cache`: fills it with the encoder's keys and values, and room for `length` tokens."""
-        return self.decode(tokens, encoded, within(tokens.shape[1], causal=True), None)
+        return self.decode(tokens, encoded, within(tokens.shape[1], causal=True), None).values()
 
     def decode_step(
         self,
@@ -287,7 +289,7 @@ class Transformer(nn.Module):
         mask = Mask(queries, jnp.arange(max_length), causal=True)
         columns = jnp.arange(encoder_is_real.shape[1])
         cross_mask = Mask(queries, columns, key_segments=encoder_is_real.astype(jnp.int32))
-        return self.decode(tokens, None, mask, cross_mask, position)
+        return self.decode(tokens, None, mask, cross_mask, position).values()
 
     def is_real(self, tokens: Int[Array, "batch length"]) -> Bool[Array, "batch length"]:
         """True where a token is not padding."""

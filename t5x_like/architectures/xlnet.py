@@ -5,11 +5,11 @@ import jax.numpy as jnp
 
 from t5x_like.layers.dropout import Dropout
 from t5x_like.layers.linear import Normal
+from t5x_like.layers.logits import LazyLogits, multiplied_out
 from t5x_like.layers.parameters import parameter
 from t5x_like.layers.routing import Tokens
 from t5x_like.layers.two_stream_attention import TwoStreamMask
-from t5x_like.sharding import constrain
-from t5x_like.typing import Array, Float, Int, Shaped
+from t5x_like.typing import Array, Int, Shaped
 
 
 class XLNet(nn.Module):
@@ -30,14 +30,14 @@ class XLNet(nn.Module):
     pad_id: int = 0
 
     @nn.compact
-    def __call__(
+    def outputs(
         self,
         input_tokens: Int[Array, "batch length"],
         perm_mask: Shaped[Array, "batch length length"] | None = None,
         target_positions: Int[Array, "batch targets"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
-    ) -> Float[Array, "batch _ vocab"]:
-        """Float32 logits.
+    ) -> LazyLogits:
+        """Logits.
 
         Args:
           input_tokens: ids.
@@ -69,5 +69,6 @@ class XLNet(nn.Module):
         x = self.encoder(x, mask, Tokens(ids, jnp.pad(real, behind, constant_values=True)))
         if target_positions is not None:
             x = x[:, length:]
-        logits = self.token_embedder.attend(Dropout(self.dropout_rate)(x))
-        return constrain(logits.astype(jnp.float32), "batch", "length", "vocab")
+        return self.token_embedder.logits(Dropout(self.dropout_rate)(x))
+
+    __call__ = multiplied_out(outputs)

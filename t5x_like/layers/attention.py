@@ -12,6 +12,7 @@ from t5x_like.layers.dropout import Dropout
 from t5x_like.layers.linear import FanInNormal, Linear
 from t5x_like.layers.masks import Allowed, Mask
 from t5x_like.layers.positions import BucketBias
+from t5x_like.layers.products import product
 from t5x_like.sharding import constrain
 from t5x_like.typing import Array, Float, Int
 
@@ -53,7 +54,7 @@ class DotProduct:
         """See `Attend`."""
         dense = bias.values() if isinstance(bias, BucketBias) else bias
         weights = attention_weights(query, key, dense, None if mask is None else mask.allowed())
-        return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+        return product("bhqk,bkhd->bqhd", weights.astype(value.dtype), value).astype(value.dtype)
 
 
 def attention_weights(
@@ -63,7 +64,7 @@ def attention_weights(
     allowed: Allowed | None = None,
 ) -> Float[Array, "batch heads q_len k_len"]:
     """How much each query takes from each key: a softmax in float32, since in bfloat16 it loses rare tokens."""
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
+    logits = product("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
     if bias is not None:
         logits += jnp.broadcast_to(bias, logits.shape)
     if allowed is not None:

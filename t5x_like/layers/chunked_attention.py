@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from t5x_like.layers.attention import MASKED, Bias
 from t5x_like.layers.masks import Mask
 from t5x_like.layers.positions import BucketBias
+from t5x_like.layers.products import product
 from t5x_like.typing import Array, Bool, Float, Int, PyTree
 
 Query: TypeAlias = Float[Array, "batch q_len heads head_dim"]
@@ -179,17 +180,13 @@ def _block_bias(bias: Bias | None, batch: int, more: Size) -> _BlockBias | None:
     return _Dense(jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, more[0]), (0, more[1]))))
 
 
-def _product(equation: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
-
-
 def _block_mask(mask: Mask, i: Index, j: Index, size: Size) -> Mask:
     return mask.queries(i * size[0], size[0]).keys(j * size[1], size[1])
 
 
 def _logits(query: Array, key: Array, bias: _BlockBias | None, mask: Mask | None, i: Index, j: Index) -> Logits:
     """Block `i, j`, of these queries and keys `[batch, heads, size, head_dim]`."""
-    logits = _product("bhqd,bhkd->bhqk", query, key)
+    logits = product("bhqd,bhkd->bhqk", query, key)
     size = logits.shape[2], logits.shape[3]
     if bias is not None:
         logits += jnp.broadcast_to(bias.block(i, j, size), logits.shape)
@@ -222,7 +219,7 @@ def _forward(
             logits = _logits(query, key[j], bias, mask, i, j)
             higher = jnp.maximum(highest, logits.max(-1))
             shrink, weights = jnp.exp(highest - higher), jnp.exp(logits - higher[..., None])
-            more = _product("bhqk,bhkd->bhqd", weights.astype(value.dtype), value[j])
+            more = product("bhqk,bhkd->bhqd", weights.astype(value.dtype), value[j])
             return mixed * shrink[..., None] + more, higher, total * shrink + weights.sum(-1)
 
         zeros = jnp.zeros_like(query, jnp.float32)
@@ -256,12 +253,12 @@ def _backward(
         def step(j: Index, sums: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
             by_query, by_key, by_value, by_bias = sums
             weights = jnp.exp(_logits(query, key[j], bias, mask, i, j) - normalizer[..., None])
-            by_logits = weights * (_product("bhqd,bhkd->bhqk", by_mixed, value[j]) - by_total[..., None])
+            by_logits = weights * (product("bhqd,bhkd->bhqk", by_mixed, value[j]) - by_total[..., None])
             by_bias = by_bias and by_bias.add(by_logits, i, j)
             weights, by_logits = weights.astype(value.dtype), by_logits.astype(key.dtype)
-            by_query += _product("bhqk,bhkd->bhqd", by_logits, key[j])
-            by_key = by_key.at[j].add(_product("bhdq,bhqk->bhdk", query_t, by_logits))
-            by_value = by_value.at[j].add(_product("bhdq,bhqk->bhdk", by_mixed_t, weights))
+            by_query += product("bhqk,bhkd->bhqd", by_logits, key[j])
+            by_key = by_key.at[j].add(product("bhdq,bhqk->bhdk", query_t, by_logits))
+            by_value = by_value.at[j].add(product("bhdq,bhqk->bhdk", by_mixed_t, weights))
             return by_query, by_key, by_value, by_bias
 
         sums = _for_keys(key, size, mask, i, step, (jnp.zeros_like(query, jnp.float32), *sums))

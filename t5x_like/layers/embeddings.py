@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from t5x_like.errors import UserError
+from t5x_like.layers.logits import LazyLogits
 from t5x_like.layers.parameters import parameter
 from t5x_like.typing import Array, Float, Int
 
@@ -43,8 +44,11 @@ class Embedding(nn.Module):
 
     def attend(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
         """Logits from a tied table, in float32: the inner product with every row."""
-        logits = jnp.einsum("ble,ve->blv", x.astype(jnp.float32), self.embedding)
-        return logits + jnp.broadcast_to(self.bias, logits.shape) if self.output_bias else logits
+        return self.logits(x).values()
+
+    def logits(self, x: Float[Array, "batch length embed"]) -> LazyLogits:
+        """`attend`, not multiplied out."""
+        return LazyLogits(x.astype(jnp.float32), self.embedding, self.bias if self.output_bias else None)
 
 
 class LearnedPositions(nn.Module):
@@ -147,6 +151,6 @@ class InputEmbedding(nn.Module):
             x += self.segments(jnp.zeros_like(tokens) if segment_ids is None else segment_ids)
         return x if self.norm is None else self.norm(x)
 
-    def attend(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
+    def logits(self, x: Float[Array, "batch length embed"]) -> LazyLogits:
         """Logits from the tied table of tokens."""
-        return self.tokens.attend(x)
+        return self.tokens.logits(x)

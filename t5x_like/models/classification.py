@@ -75,12 +75,12 @@ class ClassificationModel(NetworkModel):
         labels, score = self.decide(jax.nn.log_softmax(self.logits(params, batch)))
         return Decoded(labels[:, None], score[:, None])
 
-    def forward(
+    def outputs(
         self, params: Params, batch: Batch, key: PRNGKey | None = None
     ) -> tuple[Float[Array, "batch targets classes"], dict[str, RouterReport]]:
         """See `NetworkModel`; choices, which are read one by one, are the classes."""
         tokens = batch["encoder_input_tokens"]
-        logits, reports = super().forward(params, batch, key)
+        logits, reports = super().outputs(params, batch, key)
         return logits.reshape(len(tokens), 1, tokens.shape[1]) if tokens.ndim == 3 else logits, reports
 
     def _arguments(self, batch: Batch) -> dict[str, Array]:

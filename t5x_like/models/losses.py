@@ -1,5 +1,7 @@
 """Losses of tokens, and their sums over a batch."""
 
+import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -7,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from t5x_like.errors import UserError
+from t5x_like.layers.logits import LazyLogits
 from t5x_like.models.contract import LossAndMetrics, WeightedSum
-from t5x_like.typing import Array, Float, Int, Shaped
+from t5x_like.sharding import constrain, ways
+from t5x_like.typing import Array, Float, Int, Scalar, Shaped
 
 
 class TokenLoss(NamedTuple):
@@ -64,20 +68,121 @@ def cross_entropy(
     return TokenLoss(loss + z_losses, z_losses)
 
 
+class _Sums(NamedTuple):
+    """Over weighted targets."""
+
+    loss: Scalar
+    z_loss: Scalar
+    correct: Scalar
+
+
 def loss_and_metrics(
-    logits: Float[Array, "*batch vocab"],
+    logits: LazyLogits | Float[Array, "*batch vocab"],
     targets: Int[Array, "*batch"],
     weights: Shaped[Array, "*batch"],
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> LossAndMetrics:
-    """`cross_entropy` and accuracy, summed over the targets that have a weight."""
+    """`cross_entropy` and accuracy, summed over the targets that have a weight.
+
+    The loss is differentiable; the metrics are not, where logits are not multiplied out.
+    """
     weights = jnp.asarray(weights, jnp.float32)
-    tokens = cross_entropy(logits, targets, label_smoothing, z_loss)
+    regularisers = label_smoothing, z_loss
+    if isinstance(logits, LazyLogits):
+        loss, *others = _sums_by_parts(logits, targets, weights, regularisers)
+    else:
+        loss, *others = _sums(logits, targets, weights, regularisers)
+    weight = weights.sum()
+    metrics = {"z_loss": others[0], "accuracy": others[1]}
+    return LossAndMetrics(WeightedSum(loss, weight), {name: WeightedSum(x, weight) for name, x in metrics.items()})
+
+
+def _sums(logits: Array, targets: Array, weights: Array, regularisers: tuple[float, float]) -> _Sums:
+    tokens = cross_entropy(logits, targets, *regularisers)
     correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-    values = {"loss": tokens.loss, "accuracy": correct, "z_loss": tokens.z_loss}
-    sums = {name: WeightedSum((each * weights).sum(), weights.sum()) for name, each in values.items()}
-    return LossAndMetrics(sums.pop("loss"), sums)
+    return _Sums(*((each * weights).sum() for each in (*tokens, correct)))
+
+
+# ---- The same by parts: logits and their gradient never exist as a whole ----
+
+PART_BYTES = 2**25
+"""The logits of a part, in float32, take about so much of each device."""
+
+
+class _Part(NamedTuple):
+    """Rows of every shard of the batch, `[shards, rows, ...]`."""
+
+    hidden: Array
+    targets: Array
+    weights: Array
+
+    def sums(self, matrix: LazyLogits, regularisers: tuple[float, float]) -> _Sums:
+        logits = dataclasses.replace(matrix, hidden=self.hidden).values()
+        return _sums(logits, self.targets, self.weights, regularisers)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sums_by_parts(logits: LazyLogits, targets: Array, weights: Array, regularisers: tuple[float, float]) -> _Sums:
+    matrix, parts = _split(logits, targets, weights)
+    sums = jax.lax.map(lambda part: part.sums(matrix, regularisers), parts)
+    return _Sums(*(each.sum() for each in sums))
+
+
+def _with_gradient(
+    logits: LazyLogits, targets: Array, weights: Array, regularisers: tuple[float, float]
+) -> tuple[_Sums, LazyLogits]:
+    """The gradient of the loss is made right away, while a part's logits are there; all that is left is to scale it."""
+    matrix, parts = _split(logits, targets, weights)
+
+    def step(by_matrix: LazyLogits, part: _Part) -> tuple[LazyLogits, tuple[_Sums, Array]]:
+        def loss(hidden: Array, matrix: LazyLogits) -> tuple[Scalar, _Sums]:
+            sums = part._replace(hidden=hidden).sums(matrix, regularisers)
+            return sums.loss, sums
+
+        (_, sums), (by_hidden, more) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(part.hidden, matrix)
+        return jax.tree.map(jnp.add, by_matrix, more), (sums, by_hidden)
+
+    by_matrix, (sums, by_hidden) = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, matrix), parts)
+    by_matrix = jax.tree.map(lambda x: x.sum(axis=0), by_matrix)
+    rows = by_hidden.reshape(len(by_hidden), len(targets), -1, by_hidden.shape[-1]).swapaxes(0, 1)
+    by_hidden = rows.reshape(len(targets), -1, rows.shape[-1])[:, : targets.shape[1]]
+    return _Sums(*(each.sum() for each in sums)), dataclasses.replace(by_matrix, hidden=by_hidden)
+
+
+def _gradient(
+    regularisers: tuple[float, float], by_logits: LazyLogits, by_sums: _Sums
+) -> tuple[LazyLogits, None, None]:
+    return jax.tree.map(lambda x: (by_sums.loss * x).astype(x.dtype), by_logits), None, None
+
+
+_sums_by_parts.defvjp(_with_gradient, _gradient)
+
+
+def _split(logits: LazyLogits, targets: Array, weights: Array) -> tuple[LazyLogits, _Part]:
+    """The matrix, and all parts `[parts, shards, rows, ...]`.
+
+    The matrix is there once for each shard of the batch, so that each sums up a gradient of its own: they are added up
+    behind the loop, instead of after every part.
+    """
+    batch, length = targets.shape
+    shards = ways("batch") if batch % ways("batch") == 0 else 1
+    logit_bytes = 4 * batch // shards * length * logits.vocab_size // ways("vocab")
+    size = -(-length // min(length, -(-logit_bytes // PART_BYTES)))
+
+    def parts(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, -length % size), *[(0, 0)] * (x.ndim - 2)])
+        x = x.reshape(batch, -1, size, *x.shape[2:]).swapaxes(0, 1)
+        x = x.reshape(len(x), shards, -1, *x.shape[3:])
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    def for_each_shard(x: Array, *axes: str | None) -> Array:
+        return constrain(jnp.broadcast_to(x, (shards, *x.shape)), "batch", *axes)
+
+    table = for_each_shard(logits.table, *((None, "vocab") if logits.transposed else ("vocab", None)))
+    bias = None if logits.bias is None else for_each_shard(logits.bias, "vocab")
+    matrix = dataclasses.replace(logits, hidden=None, table=table, bias=bias)
+    return matrix, _Part(parts(logits.hidden), parts(targets), parts(weights))
 
 
 def log_likelihood(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from t5x_like.architectures.variables import logical_axes, router_reports, unbox
 from t5x_like.decoding.contract import Decoded
+from t5x_like.layers.logits import values_of
 from t5x_like.layers.moe import REPORTS, RouterReport
 from t5x_like.models.contract import LossAndMetrics
 from t5x_like.models.losses import log_likelihood, loss_and_metrics
@@ -36,7 +37,8 @@ class NetworkModel:
     """The base of models; a network that puts out logits needs no more.
 
     Attributes:
-      network: its `__call__` takes arrays of the batch under their own names, those in `network_inputs`.
+      network: its `outputs` takes arrays of the batch under their own names, those in `network_inputs`; `__call__` does
+        too, and gives the same with logits multiplied out.
     """
 
     network_inputs: ClassVar[tuple[str, ...]]
@@ -52,17 +54,25 @@ class NetworkModel:
         """Tuples of axis names in a tree like the parameters'."""
         return logical_axes(jax.eval_shape(lambda: self._variables(jax.random.key(0), batch)))
 
-    def forward(
+    def outputs(
         self, params: Params, batch: Batch, key: PRNGKey | None = None
-    ) -> tuple[PyTree[Array], dict[str, RouterReport]]:
-        """What the network puts out, and what its sparse layers report; `key` turns dropout on."""
+    ) -> tuple[PyTree, dict[str, RouterReport]]:
+        """The network's `outputs`, and what its sparse layers report; `key` turns dropout on."""
         outputs, variables = self.network.apply(
             {"params": params},
             **self._arguments(batch),
             rngs=None if key is None else {"dropout": key},
             mutable=[REPORTS],
+            method="outputs",
         )
         return outputs, router_reports(variables, params)
+
+    def forward(
+        self, params: Params, batch: Batch, key: PRNGKey | None = None
+    ) -> tuple[PyTree[Array], dict[str, RouterReport]]:
+        """`outputs` with logits multiplied out."""
+        outputs, reports = self.outputs(params, batch, key)
+        return values_of(outputs), reports
 
     def logits(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> Float[Array, "batch targets classes"]:
         """Float32 logits, for every target: of tokens, given the true ones before, or of classes."""
@@ -70,10 +80,10 @@ class NetworkModel:
 
     def loss(self, params: Params, batch: Batch, key: PRNGKey | None = None) -> LossAndMetrics:
         """Cross entropy of the targets that have a weight, auxiliary losses, and what is worth watching beside them."""
-        return self.loss_of(*self.forward(params, batch, key), batch)
+        return self.loss_of(*self.outputs(params, batch, key), batch)
 
-    def loss_of(self, outputs: PyTree[Array], reports: Mapping[str, RouterReport], batch: Batch) -> LossAndMetrics:
-        """`loss` from what `forward` returned."""
+    def loss_of(self, outputs: PyTree, reports: Mapping[str, RouterReport], batch: Batch) -> LossAndMetrics:
+        """`loss` from what `outputs` or `forward` returned."""
         return with_routing(loss_and_metrics(outputs, *self.targets(batch), *self.regularisers()), reports)
 
     def score(self, params: Params, batch: Batch) -> Float[Array, " batch"]:

@@ -1,12 +1,19 @@
 """Cross entropy against a naive one-hot form in float64, by hand, and where floats are at their limits."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from t5x_like.errors import UserError
-from t5x_like.models.losses import TokenLoss, cross_entropy
+from t5x_like.layers.logits import LazyLogits
+from t5x_like.models import losses
+from t5x_like.models.contract import LossAndMetrics
+from t5x_like.models.losses import TokenLoss, cross_entropy, loss_and_metrics
+from t5x_like.sharding import Partitioner, fsdp_rules, make_mesh
 from t5x_like.typing import Array
 
 
@@ -106,3 +113,87 @@ def test_needs_one_buffer_of_the_logits_size() -> None:
 def test_refuses_impossible_smoothing(label_smoothing: float) -> None:
     with pytest.raises(UserError, match=f"label_smoothing is {label_smoothing}"):
         cross_entropy(jnp.zeros((1, 2)), jnp.array([0]), label_smoothing)
+
+
+# ---- The loss by parts, from logits that are not multiplied out ----
+
+
+def lazy(rng: np.random.Generator, transposed: bool, bias: bool) -> tuple[LazyLogits, np.ndarray]:
+    """Logits of 4 x 7 targets and 11 tokens, and the same multiplied out in float64."""
+    hidden, table, offset = rng.normal(size=(4, 7, 5)), rng.normal(size=(11, 5)), bias * rng.normal(size=11)
+    arrays = (jnp.asarray(x, jnp.float32) for x in (hidden, table.T if transposed else table))
+    return LazyLogits(
+        *arrays, jnp.asarray(offset, jnp.float32) if bias else None, transposed
+    ), hidden @ table.T + offset
+
+
+@pytest.mark.parametrize(("transposed", "bias"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("part_bytes", [1, 4 * 4 * 11 * 3, 2**25])  # one column a part; three; everything
+def test_by_parts_agrees_with_the_whole(
+    monkeypatch: pytest.MonkeyPatch, transposed: bool, bias: bool, part_bytes: int
+) -> None:
+    monkeypatch.setattr(losses, "PART_BYTES", part_bytes)
+    rng = np.random.default_rng(1)
+    logits, dense = lazy(rng, transposed, bias)
+    targets, weights = rng.integers(0, 11, (4, 7)), rng.integers(0, 2, (4, 7))
+    loss, z_losses, by_logits = naive(dense, targets, 0.1, 1e-2)
+    by_logits *= 3 * weights[..., None]  # the loss is used three times
+
+    def total(logits: LazyLogits) -> tuple[Array, LossAndMetrics]:
+        sums = loss_and_metrics(logits, jnp.asarray(targets), jnp.asarray(weights), 0.1, 1e-2)
+        return 3 * sums.loss.total, sums
+
+    (_, sums), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(logits)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    for found in (sums, jax.jit(total)(logits)[1]):  # with the gradient, and without
+        close(found.loss.total, (loss * weights).sum())
+        close(found.metrics["z_loss"].total, (z_losses * weights).sum())
+        assert float(found.metrics["accuracy"].total) == ((dense.argmax(-1) == targets) * weights).sum()
+        assert {float(x.weight) for x in (found.loss, *found.metrics.values())} == {weights.sum()}
+    table = np.asarray(logits.table, np.float64)
+    close(gradient.hidden, by_logits @ (table.T if transposed else table))
+    by_table = np.einsum("blv,ble->ve", by_logits, np.asarray(logits.hidden, np.float64))
+    close(gradient.table, by_table.T if transposed else by_table)
+    if bias:
+        close(gradient.bias, by_logits.sum((0, 1)))
+
+
+@pytest.mark.parametrize("mesh", [{"data": 4, "model": 2}, {"data": 2, "expert": 2, "model": 2}, {"data": 8}])
+def test_by_parts_agrees_on_a_mesh(monkeypatch: pytest.MonkeyPatch, mesh: dict[str, int]) -> None:
+    """The batch of 8 is split over all but `model`, which splits the vocabulary of 12; with FSDP the table as well."""
+    rng = np.random.default_rng(2)
+    logits = LazyLogits(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 6, 8), (12, 8), (12,))))
+    targets, weights = jnp.asarray(rng.integers(0, 12, (8, 6))), jnp.ones((8, 6))
+
+    def total(logits: LazyLogits) -> tuple[Array, LossAndMetrics]:
+        sums = loss_and_metrics(logits, targets, weights, z_loss=1e-2)
+        return sums.loss.total, sums
+
+    function = jax.value_and_grad(total, has_aux=True)
+    expected = function(logits)
+    monkeypatch.setattr(losses, "PART_BYTES", 4 * 2 * 12)
+    partitioner = Partitioner(make_mesh(**mesh), fsdp_rules())
+    names = (("batch", "length", "embed"), ("vocab", "embed"), ("vocab",))
+    shardings = LazyLogits(*(partitioner.sharding(*axes) for axes in names))
+    with partitioner.active():
+        compiled = jax.jit(function, in_shardings=(shardings,)).lower(logits).compile()
+        found = compiled(jax.device_put(logits, shardings))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
+    program = compiled.as_text()
+    (loop,) = re.findall(r"\bwhile\(.*body=%([\w.]+)", program)
+    body = re.search(rf"^%{re.escape(loop)} \(.*?^}}", program, re.MULTILINE | re.DOTALL)
+    assert body is not None
+    # The loop adds up a gradient of every shard's own; it is reduced once, behind the loop.
+    moved = [line.split(" = ")[1] for line in body[0].splitlines() if re.search(r" all-(reduce|gather)\(", line)]
+    assert not any(re.search(r"\[(1,)?(12|6),8\]", line.split(" all-")[0]) for line in moved), moved
+    assert re.search(r"\[(1,)?(12|6),8\].* all-reduce\(", program.replace(body[0], ""))
+
+
+def test_logits_are_never_there_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "PART_BYTES", 4 * 4 * 11)
+    logits, _ = lazy(np.random.default_rng(3), False, False)
+    targets, weights = jnp.zeros((4, 7), jnp.int32), jnp.ones((4, 7))
+    function = jax.grad(lambda logits: loss_and_metrics(logits, targets, weights).loss.total)
+    text = str(jax.make_jaxpr(function)(logits))
+    assert "f32[1,4,11]" in text
+    assert not re.search(r"f32\[(1,28|4,7|7,1,4),11\]", text)
