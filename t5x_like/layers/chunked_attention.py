@@ -16,7 +16,7 @@ from typing import TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 
-from t5x_like.layers.attention import MASKED, Bias
+from t5x_like.layers.attention import MASKED, Bias, DotProduct
 from t5x_like.layers.masks import Mask
 from t5x_like.layers.positions import BucketBias
 from t5x_like.layers.products import product
@@ -53,6 +53,8 @@ class Chunked:
     def __call__(self, query: Query, key: Key, value: Key, bias: Bias | None, mask: Mask | None) -> Query:
         """See `Attend`; the positions of a `BucketBias` have to be consecutive, or all is NaN."""
         (batch, q_len), k_len = query.shape[:2], key.shape[1]
+        if q_len == 1:  # a step of cached decoding
+            return DotProduct()(query, key, value, bias, mask)
         rows, columns = math.ceil(q_len / self.query_block), math.ceil(k_len / self.key_block)
         queries, keys, values = _split(query, rows), _split(key, columns), _split(value, columns)
         more = rows * queries.shape[3] - q_len, columns * keys.shape[3] - k_len

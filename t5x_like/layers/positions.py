@@ -105,23 +105,10 @@ class RelativePositionBias(nn.Module):
     max_distance: int = 128
     bidirectional: bool = True
 
-    def __call__(
-        self, query_positions: Int[Array, " q_len"], key_positions: Int[Array, " k_len"]
-    ) -> Float[Array, "1 heads q_len k_len"] | BucketBias:
-        """The bias between positions; only differences count, so packed rows may use their plain column numbers."""
-        return self._bias(query_positions, key_positions).values()
-
     @nn.compact
-    def _bias(self, query_positions: Array, key_positions: Array) -> BucketBias:
+    def __call__(self, query_positions: Int[Array, " q_len"], key_positions: Int[Array, " k_len"]) -> BucketBias:
+        """The bias between positions; only differences count, so packed rows may use their plain column numbers."""
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         table = parameter(self, "rel_embedding", init, ("heads", None), (self.num_heads, self.num_buckets))
         buckets = (self.bidirectional, self.num_buckets, self.max_distance)
         return BucketBias(table, query_positions, key_positions, *buckets)
-
-
-class BlockwiseRelativePositionBias(RelativePositionBias):
-    """The same bias, never written out: attention that goes block by block (`Chunked`) computes the block it needs."""
-
-    def __call__(self, query_positions: Int[Array, " q_len"], key_positions: Int[Array, " k_len"]) -> BucketBias:
-        """What makes the bias between positions."""
-        return self._bias(query_positions, key_positions)

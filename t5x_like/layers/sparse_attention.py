@@ -69,8 +69,8 @@ class SlidingWindow:
             raise UserError("SlidingWindow: needs a mask, to know where queries stand among keys of another number")
         if not (bias is None or isinstance(bias, BucketBias)):
             raise UserError(
-                "SlidingWindow: a bias that is written out costs length x length; use none, or T5's computed block by "
-                "block (BlockwiseRelativePositionBias)"
+                "SlidingWindow: a bias that is written out costs length x length; use none, or T5's "
+                "(RelativePositionBias)"
             )
         if mask.seen_by_all is not None and (bias is not None or not self.max_global):
             raise UserError("SlidingWindow: for tokens that are seen by all, set max_global and use no bias")

@@ -129,7 +129,7 @@ def check_same(network: object, described: object, model_type: str) -> None:
 _RUNNING = ("parent", "name", "dtype", "scan", "remat")
 _TRAINING = ("dropout_rate", "output_dropout_rate", "kernel_init", "out_init", "init_stddev", "init_scale")
 _ROUTING = ("jitter_noise", "balance_loss", "z_loss")
-_SAME = {"Chunked": "DotProduct", "BlockwiseRelativePositionBias": "RelativePositionBias"}
+_SAME = {"Chunked": "DotProduct"}
 """Classes that compute the same in another way."""
 
 
