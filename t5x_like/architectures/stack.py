@@ -105,6 +105,14 @@ def reorder_cache(cache: PyTree, rows: Int[Array, " rows"]) -> PyTree:
 
     def pick(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
         scanned = any(entry.key == "layers" for entry in path)
-        return jnp.take(leaf, rows, axis=1 if scanned else 0)
+        return jnp.take(leaf, rows, axis=1 if scanned else 0, mode="clip")
 
     return jax.tree_util.tree_map_with_path(pick, cache)
+
+
+def reorder_beams(cache: PyTree, rows: Int[Array, " rows"]) -> PyTree:
+    """`reorder_cache` where every row stays with its example: what those share, `context...`, stays as it is."""
+    picked = reorder_cache(cache, rows)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, old, new: old if path[-1].key.startswith("context") else new, cache, picked
+    )

@@ -15,7 +15,8 @@ class Stepper(NamedTuple):
     Attributes:
       step: `(cache, tokens [rows], position []) -> (logits [rows, vocab], cache)`: feeds the token at `position`
         (0 is the start token) of every row and returns the logits of the token at `position + 1`.
-      reorder: `(cache, rows [new_rows]) -> cache` whose row `i` is the old row `rows[i]`; may grow or shrink the batch.
+      reorder: `(cache, rows [new_rows]) -> cache` whose row `i` is the old row `rows[i]`; may grow or shrink the batch,
+        if every example has equally many rows, side by side in the order of examples, before and after.
     """
 
     step: Callable[[Cache, Int[Array, " rows"], Int[Array, ""]], tuple[Float[Array, "rows vocab"], Cache]]

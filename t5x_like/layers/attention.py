@@ -6,13 +6,14 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import Initializer
 
 from t5x_like.layers.dropout import Dropout
 from t5x_like.layers.linear import FanInNormal, Linear
 from t5x_like.layers.masks import Allowed, Mask
 from t5x_like.layers.positions import BucketBias
-from t5x_like.layers.products import product
+from t5x_like.layers.products import contiguous, product
 from t5x_like.sharding import constrain
 from t5x_like.typing import Array, Float, Int
 
@@ -72,6 +73,10 @@ def attention_weights(
     return jax.nn.softmax(logits)
 
 
+CACHED = {"key": (0, 2, 3, 1), "value": (0, 2, 1, 3)}
+"""In which order dimensions lie in a decoding cache."""
+
+
 class MultiHeadAttention(nn.Module):
     """Attention with learned projections.
 
@@ -114,7 +119,10 @@ class MultiHeadAttention(nn.Module):
         """Attends from `x` to `context` (None: to itself).
 
         The `cache` collection, if mutable, is made by the first call (without `position`): the keys and values of
-        `context`, or room for as many of its own as `x` is long. Calls with a `position` then read and fill it.
+        `context`, or room for as many of its own as `x` is long. Calls with a `position` then read and fill it. Keys
+        lie in it as `[batch, heads, head_dim, k_len]` and values as `[batch, heads, k_len, head_dim]`, so that no step
+        has to turn them round. Rows of `x` in a `position` call may be a multiple of those of `context`: so many in a
+        row then share it (beams of an example).
 
         Args:
           x: queries.
@@ -135,15 +143,14 @@ class MultiHeadAttention(nn.Module):
             if self.is_mutable_collection("cache"):
                 self._make_cache(key, value, keep=context is not None)
         elif self.has_variable("cache", "context_key"):
-            key, value = (
-                self.get_variable("cache", "context_key"),
-                self.get_variable("cache", "context_value"),
-            )
+            key, value = (_from_cache(name, self.get_variable("cache", f"context_{name}")) for name in CACHED)
+            query = query.reshape(len(key), -1, *query.shape[2:])
         else:
-            key, value = self._append("key", x, position), self._append("value", x, position)
+            key, value = (self._append(name, x, position) for name in CACHED)
         # One mask for all queries drops whole keys, so it may as well drop their values.
         value = Dropout(self.dropout_rate, broadcast_dims=(-1,))(value)
-        mixed = constrain(self.attend(query, key, value, bias, mask), "batch", "length", "heads", "head_dim")
+        mixed = self.attend(query, key, value, bias, mask).reshape(*x.shape[:2], self.num_heads, self.head_dim)
+        mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
         init = self.out_init or self.kernel_init or FanInNormal(self.init_scale, in_axes=2)
         out = Linear((x.shape[-1],), ("heads", "head_dim", "embed"), 2, init, self.dtype, self.use_bias, name="out")
         return out(mixed)
@@ -155,7 +162,8 @@ class MultiHeadAttention(nn.Module):
         return constrain(projected, "batch", "length", "heads", "head_dim")
 
     def _make_cache(self, key: Array, value: Array, keep: bool) -> None:
-        for name, entry in (("key", key), ("value", value)):
+        for name, entry in zip(CACHED, (key, value), strict=True):
+            entry = contiguous(entry.transpose(CACHED[name]))
             if keep:
                 self.put_variable("cache", f"context_{name}", entry)
             else:
@@ -164,6 +172,12 @@ class MultiHeadAttention(nn.Module):
     def _append(self, name: str, x: Array, position: Array) -> Array:
         """Writes the keys (or values) of `x` into the cache from `position` on, and returns all of it."""
         cache = self.get_variable("cache", f"cached_{name}")
-        cache = jax.lax.dynamic_update_slice_in_dim(cache, self._project(name, x), position, axis=1)
+        new = self._project(name, x).transpose(CACHED[name])
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, new, position, axis=CACHED[name].index(1))
         self.put_variable("cache", f"cached_{name}", cache)
-        return cache
+        return _from_cache(name, cache)
+
+
+def _from_cache(name: str, cache: Array) -> Array:
+    """Keys or values as attention takes them."""
+    return cache.transpose(np.argsort(CACHED[name]))

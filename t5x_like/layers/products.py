@@ -72,11 +72,11 @@ def _multiply(equation: str, x: Array, y: Array) -> Array:
     if y_dims == ordered(y_dims) or (x_dims != ordered(x_dims) and math.prod(y.shape) < math.prod(x.shape)):
         (x_dims, x), (y_dims, y) = (y_dims, y), (x_dims, x)
     left, right = ordered(x_dims), y_dims if y_dims.startswith(batch) else ordered(y_dims)
-    x, y = (_contiguous(jnp.einsum(f"{a}->{b}", f)) for a, b, f in ((x_dims, left, x), (y_dims, right, y)))
+    x, y = (contiguous(jnp.einsum(f"{a}->{b}", f)) for a, b, f in ((x_dims, left, x), (y_dims, right, y)))
     return jnp.einsum(f"{left},{right}->{out}", x, y, preferred_element_type=jnp.float32)
 
 
-def _contiguous(x: Array) -> Array:
+def contiguous(x: Array) -> Array:
     """`x`, written to memory in the order of its dimensions where that matters: on a CPU."""
     rows_first = Layout(tuple(range(x.ndim)))
     return jax.lax.platform_dependent(x, cpu=lambda x: with_layout_constraint(x, rows_first), default=lambda x: x)

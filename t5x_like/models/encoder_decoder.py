@@ -5,7 +5,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
-from t5x_like.architectures.stack import reorder_cache
+from t5x_like.architectures.stack import reorder_beams
 from t5x_like.data.packing import EncoderDecoderFeatures
 from t5x_like.decoding.contract import Cache, Decoded, DecodeFn, Stepper
 from t5x_like.models.network import Network, NetworkModel
@@ -70,15 +70,15 @@ class EncoderDecoderModel(NetworkModel):
                 tokens[:, None],
                 position,
                 max_length,
-                cache["is_real"],
+                cache["context_is_real"],
                 method="decode_step",
                 mutable=["cache"],
             )
-            return logits[:, 0], {"network": updated["cache"], "is_real": cache["is_real"]}
+            return logits[:, 0], {"network": updated["cache"], "context_is_real": cache["context_is_real"]}
 
         start = jnp.full((inputs.shape[0], 1), self.start_id, jnp.int32)
-        cache = {"network": made["cache"], "is_real": is_real}
-        return decoder(Stepper(step, reorder_cache), cache, start, max_length, self.eos_id, key)
+        cache = {"network": made["cache"], "context_is_real": is_real}
+        return decoder(Stepper(step, reorder_beams), cache, start, max_length, self.eos_id, key)
 
     @property
     def converter(self) -> EncoderDecoderFeatures:
