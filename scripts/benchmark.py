@@ -19,7 +19,7 @@ from typing import NamedTuple
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
-from benchmarks import decode, layers, peers, steps, suite
+from benchmarks import decode, layers, peers, start, steps, suite
 
 import t5x_like
 from t5x_like.cli import keep_freed_memory
@@ -35,6 +35,10 @@ CASES: dict[str, Callable[..., dict[str, object]]] = {
     "train_switch": functools.partial(steps.train, steps.SWITCH),
     "decode_greedy": functools.partial(decode.decode, Greedy()),
     "decode_beam4": functools.partial(decode.decode, BeamSearch(4)),
+    "input_pipeline": start.input_pipeline,
+    "startup": start.startup,
+    "init": start.init,
+    "checkpoint": start.checkpoint,
     "switch_layer": layers.switch_layer,
     "switch_flops": layers.switch_flops,
     "attention": layers.attention,
