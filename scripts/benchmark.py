@@ -2,270 +2,208 @@
 """Measures this machine: `scripts/benchmark.py --case NAME` prints one JSON line.
 
 Keys: case, dtype, device, peak_memory_gib, versions, and what the case knows: seconds per step or of each rival
-(medians), the ratio that counts, matmul_peak_gflops measured in the same process and dtype.
+(medians), the ratio that counts, matmul_peak_gflops measured in the same process and dtype. `--compare` runs a case and
+a peer's in turns; `--all` does so with every case, and ends with a table.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
-import math
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.stages import Compiled
+from benchmarks import decode, layers, peers, start, steps, suite
 
 import t5x_like
-from t5x_like import gin_config
-from t5x_like.architectures.variables import router_reports, unbox
 from t5x_like.cli import keep_freed_memory
-from t5x_like.layers.attention import Attend, DotProduct
-from t5x_like.layers.chunked_attention import Chunked
-from t5x_like.layers.masks import Mask, within
-from t5x_like.layers.mlp import MlpBlock
-from t5x_like.layers.moe import REPORTS, Experts, SparseMlp
-from t5x_like.layers.positions import BucketBias
-from t5x_like.layers.routing import CapacityFactor, Router, TokenChoices, Tokens
-from t5x_like.layers.sparse_attention import SlidingWindow
-from t5x_like.models.encoder_decoder import EncoderDecoderModel
-from t5x_like.sharding import Partitioner
-from t5x_like.training import train_state
-from t5x_like.training.flops import matmul_flops, matmul_peak
-from t5x_like.training.optimizers import adafactor
-from t5x_like.training.step import TrainStep
+from t5x_like.decoding.beam import BeamSearch
+from t5x_like.decoding.greedy import Greedy
+from t5x_like.errors import RunFailed, UserError
 from t5x_like.training.trainer import peak_memory_gib
-from t5x_like.typing import PyTree
-
-
-def train_t5(size: str, dtype: str, steps: int) -> dict[str, object]:
-    """T5 1.1 of a size: batch 8, 512 + 114 tokens, Adafactor, dropout 0.1; random tokens, no padding."""
-    files, bindings = [f"models/t5_1_1_{size}.gin"], [f"DTYPE={dtype}", "DROPOUT_RATE=0.1"]
-    model = gin_config.run(gin_config.load(EncoderDecoderModel, files, bindings))
-    assert isinstance(model, EncoderDecoderModel)
-    rng, batch_size, lengths = np.random.default_rng(0), 8, {"inputs": 512, "targets": 114}
-    rows = [[{name: rng.integers(3, 8000, size) for name, size in lengths.items()}] for _ in range(batch_size)]
-    batch = model.converter.convert(rows, lengths, packed=False)
-    partitioner, optimizer = Partitioner.single_device(), adafactor(1e-3)
-    state = train_state.create_sharded(model, optimizer, batch, 0, partitioner)
-    shardings = train_state.state_shardings(model, optimizer, batch, partitioner)
-    step = TrainStep(model, optimizer).compiled(partitioner, shardings)
-    batch = jax.device_put(batch, partitioner.sharding("batch"))
-    flops = 3 * matmul_flops(lambda params: model.loss(params, batch).loss.total, state.params)
-    peak = matmul_peak(dtype)
-    seconds = []
-    for _ in range(steps + 1):  # the first one compiles
-        start = time.perf_counter()
-        state, report = step(state, batch)
-        loss = float(report.scalars["loss"])
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds[1:])
-    return {
-        "seconds_per_step": round(median, 4),
-        "tokens_per_second": round(batch_size * sum(lengths.values()) / median, 1),
-        "matmul_peak_gflops": round(peak / 1e9, 1),
-        "share_of_peak": round(flops / median / peak, 3),
-        "model_tflop_per_step": round(flops / 1e12, 4),
-        "parameters": train_state.count_parameters(state.params),
-        "first_step_seconds": round(seconds[0], 2),
-        "loss": round(loss, 4),
-    }
-
-
-Program = tuple[Compiled, tuple[PyTree, ...]]
-"""A compiled function and its arguments."""
-
-
-def medians_in_turns(programs: Mapping[str, Program], steps: int) -> dict[str, float]:
-    """The median seconds of each of several programs, which take turns, so that a noisy machine is so for all."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(steps + 1):  # the first turn warms up
-        for name, (run, arguments) in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(*arguments))
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-# The sparse layer is measured at 8 sequences of 512 tokens, width 512 and 2,048, beside the dense layer it replaces.
-LAYER_BATCH, LAYER_LENGTH, EMBED_DIM, MLP_DIM = 8, 512, 512, 2048
-
-
-def layer_gradient(layer: nn.Module, dtype: str) -> Program:
-    """Value and gradient (of parameters and input) of one feed-forward layer, compiled; and its arguments."""
-    shape = (LAYER_BATCH, LAYER_LENGTH, EMBED_DIM)
-    x, target = (jax.random.normal(jax.random.key(seed), shape, dtype) for seed in (0, 1))
-    tokens = Tokens(jnp.ones(shape[:2], jnp.int32), jnp.ones(shape[:2], bool))
-    params = unbox(jax.jit(layer.init)(jax.random.key(2), x, tokens)["params"])
-
-    def loss(params: PyTree, x: jax.Array) -> jax.Array:
-        y, variables = layer.apply({"params": params}, x, tokens, mutable=[REPORTS])
-        auxiliary = sum(report.loss / report.tokens for report in router_reports(variables, params).values())
-        return jnp.vdot(y, target).astype(jnp.float32) + auxiliary
-
-    return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x).compile(), (params, x)
-
-
-def switch(experts: int, factor: float, dtype: str, minimum: int = 4) -> SparseMlp:
-    """A Switch layer of `experts` experts, routing within each sequence."""
-    return SparseMlp(Experts(experts, MLP_DIM, dtype=dtype), Router(), CapacityFactor(factor, factor, minimum))
-
-
-class OneHotSwitch(SparseMlp):
-    """The dispatch that this library does not use: tokens times a one-hot [S, E, C], as in Flaxformer."""
-
-    def _within_capacity(self, x: jax.Array, choices: TokenChoices, capacity: int) -> tuple[jax.Array, ...]:
-        slots = choices.slots(self.expert.num_experts, capacity)
-        places = jax.nn.one_hot(slots.slot[:, 0], self.expert.num_experts * capacity, dtype=x.dtype)
-        places = places.reshape(*places.shape[:2], -1, capacity)
-        sent = jnp.einsum("gsec,gsm->egcm", places, x)
-        y = self.expert(sent, functools.partial(jnp.einsum, "egci,eio->egco"), (None, None, None, None))
-        returned = jnp.einsum("gsec,egcm->gsm", places * slots.gates[:, 0, :, None, None].astype(x.dtype), y)
-        return returned, slots.kept, slots.dropped
-
-
-class FlaxDense(nn.Module):
-    """`MlpBlock` as plain Flax code has it: its products are over [batch, length] instead of one long batch."""
-
-    mlp_dim: int
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array, tokens: Tokens) -> jax.Array:
-        """Maps every position by itself, as `MlpBlock` with relu does."""
-        hidden = nn.relu(nn.Dense(self.mlp_dim, use_bias=False, dtype=self.dtype, name="wi")(x))
-        return nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="wo")(hidden)
-
-
-def switch_layer(dtype: str, steps: int, experts: int) -> dict[str, object]:
-    """Seconds of a Switch layer (top-1, capacity factor 1.25) and of its rivals, in turns.
-
-    They are the dense layer, ours and plain Flax, and one-hot dispatch. `ratio_flax_dense` is sparse over Flax's dense
-    layer; the other ratios are over ours.
-    """
-    layers: dict[str, nn.Module] = {
-        "sparse": switch(experts, 1.25, dtype),
-        "dense": MlpBlock(MLP_DIM, dtype=dtype),
-        "flax_dense": FlaxDense(MLP_DIM, dtype),
-        "one_hot": OneHotSwitch(Experts(experts, MLP_DIM, dtype=dtype), Router(), CapacityFactor(1.25, 1.25)),
-    }
-    medians = medians_in_turns({name: layer_gradient(layer, dtype) for name, layer in layers.items()}, steps)
-    return {
-        "experts": experts,
-        **{f"seconds_{name}": round(value, 4) for name, value in medians.items()},
-        "ratio": round(medians["sparse"] / medians["dense"], 3),
-        "ratio_flax_dense": round(medians["sparse"] / medians["flax_dense"], 3),
-        "ratio_one_hot": round(medians["one_hot"] / medians["dense"], 3),
-        "matmul_peak_gflops": round(matmul_peak(dtype) / 1e9, 1),
-    }
-
-
-def switch_flops(dtype: str, steps: int, experts: int) -> dict[str, object]:
-    """FLOPs that the compiler counts in a Switch layer at capacity factor 1, forward and backward; and by hand."""
-    compiled, _ = layer_gradient(switch(experts, 1.0, dtype, minimum=1), dtype)
-    slots = LAYER_BATCH * experts * math.ceil(LAYER_LENGTH / experts)
-    router = LAYER_BATCH * LAYER_LENGTH * EMBED_DIM * experts
-    arithmetic = 3 * 2 * (2 * slots * EMBED_DIM * MLP_DIM + router)
-    counted = compiled.cost_analysis()["flops"]
-    return {
-        "experts": experts,
-        "flops_counted": counted,
-        "flops_arithmetic": arithmetic,
-        "ratio": round(counted / arithmetic, 4),
-    }
-
-
-# Attention is measured as one layer of T5 small has it: one sequence, 8 heads of 64, 32 buckets.
-HEADS, HEAD_DIM, BUCKETS, MAX_DISTANCE = 8, 64, 32, 128
-RADIUS, LONGEST_PLAIN = 256, 8192
-
-
-def attention_gradient(attend: Attend, dtype: str, length: int, mask: Mask | None, biased: bool) -> Program:
-    """Value and gradient (of query, key, value and the bias table), compiled; and its arguments."""
-    keys = jax.random.split(jax.random.key(0), 5)
-    shape, positions = (1, length, HEADS, HEAD_DIM), jnp.arange(length)
-    query, key, value, target = (jax.random.normal(key, shape, dtype) for key in keys[:4])
-    table = jax.random.normal(keys[4], (HEADS, BUCKETS))
-
-    def loss(query: jax.Array, key: jax.Array, value: jax.Array, table: jax.Array) -> jax.Array:
-        bias = BucketBias(table, positions, positions, True, BUCKETS, MAX_DISTANCE) if biased else None
-        return jnp.vdot(attend(query, key, value, bias, mask), target).astype(jnp.float32)
-
-    arguments = query * HEAD_DIM**-0.5, key, value, table
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3))).lower(*arguments).compile(), arguments
-
-
-def attention(dtype: str, steps: int, length: int, sliding: bool = False) -> dict[str, object]:
-    """Seconds and temporary memory of attention in linear memory and of the plain form, unless that is too long.
-
-    Chunked, with T5's bias; or `sliding`: a causal window of 256 without a bias.
-    """
-    mask = within(length, causal=True) if sliding else None
-    forms: dict[str, tuple[Attend, Mask | None]] = {"linear": (SlidingWindow(RADIUS) if sliding else Chunked(), mask)}
-    if length <= LONGEST_PLAIN:
-        plain_mask = None if mask is None else dataclasses.replace(mask, radius=RADIUS)
-        forms["plain"] = (DotProduct(), plain_mask)
-    programs = {
-        name: attention_gradient(form, dtype, length, seen, not sliding) for name, (form, seen) in forms.items()
-    }
-    medians = medians_in_turns(programs, steps)
-    memory = {name: run.memory_analysis().temp_size_in_bytes / 2**20 for name, (run, _) in programs.items()}
-    result: dict[str, object] = {"length": length}
-    result |= {f"seconds_{name}": round(value, 4) for name, value in medians.items()}
-    result |= {f"temporary_mib_{name}": round(value, 1) for name, value in memory.items()}
-    if "plain" in forms:
-        result["ratio"] = round(medians["linear"] / medians["plain"], 3)
-        result["ratio_memory"] = round(memory["linear"] / memory["plain"], 4)
-    return result | {"matmul_peak_gflops": round(matmul_peak(dtype) / 1e9, 1)}
-
 
 CASES: dict[str, Callable[..., dict[str, object]]] = {
-    "train_t5_small": functools.partial(train_t5, "small"),
-    "switch_layer": switch_layer,
-    "switch_flops": switch_flops,
-    "attention": attention,
-    "sliding_attention": functools.partial(attention, sliding=True),
+    "train_t5_small": functools.partial(steps.train, steps.T5_SMALL),
+    "train_gpt2_124m": functools.partial(steps.train, steps.GPT2_124M),
+    "train_bert_base": functools.partial(steps.train, steps.BERT_BASE),
+    "train_switch": functools.partial(steps.train, steps.SWITCH),
+    "decode_greedy": functools.partial(decode.decode, Greedy()),
+    "decode_beam4": functools.partial(decode.decode, BeamSearch(4)),
+    "input_pipeline": start.input_pipeline,
+    "startup": start.startup,
+    "init": start.init,
+    "checkpoint": start.checkpoint,
+    "switch_layer": layers.switch_layer,
+    "switch_flops": layers.switch_flops,
+    "attention": layers.attention,
+    "sliding_attention": functools.partial(layers.attention, sliding=True),
 }
-OPTIONS = {"experts": (8, ("switch_layer", "switch_flops")), "length": (2048, ("attention", "sliding_attention"))}
-"""What cases take besides: the value it has by default, and those cases."""
+
+
+class Option(NamedTuple):
+    """What some cases take besides.
+
+    Attributes:
+      default: None leaves it out.
+      cases: which.
+      help: what it means.
+    """
+
+    default: int | str | None
+    cases: tuple[str, ...]
+    help: str
+
+    @property
+    def kind(self) -> type:
+        """What its values are."""
+        return int if isinstance(self.default, int) else str
+
+
+OPTIONS = {
+    "experts": Option(8, ("switch_layer", "switch_flops"), "experts of the layer"),
+    "length": Option(2048, ("attention", "sliding_attention"), "tokens in the sequence"),
+    "topology": Option(
+        None,
+        tuple(name for name in CASES if name.startswith("train_")),
+        "also compile the step for a chip of these TPUs, such as v5e:2x2, and report its temporary memory there "
+        "(bfloat16; no TPU is needed, but the extra `tpu` is)",
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one case."""
-    parser = argparse.ArgumentParser(description="Measures this machine; prints one JSON line.")
-    parser.add_argument("--case", choices=sorted(CASES), required=True)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps (default: 5)")
-    for name, (default, cases) in OPTIONS.items():
-        parser.add_argument(f"--{name}", type=int, help=f"of the cases {' and '.join(cases)} (default: {default})")
+    """Runs what the arguments say.
+
+    Returns:
+      The exit code: 0 done, 1 something failed to run, 2 the user's mistake.
+    """
+    parser = _parser()
     arguments = parser.parse_args(argv)
-    options = {}
-    for name, (default, cases) in OPTIONS.items():
-        given = getattr(arguments, name)
-        if given is not None and arguments.case not in cases:
-            parser.error(f"--{name} means nothing to {arguments.case}")
-        if arguments.case in cases:
-            options[name] = default if given is None else given
-    if min([arguments.steps, *options.values()]) < 1:
-        parser.error("--steps and what else is counted must be at least 1")
-    if argv is None:
-        keep_freed_memory()  # as the command line does
-    result = CASES[arguments.case](arguments.dtype, arguments.steps, **options)
+    try:
+        options = _options(parser, arguments)
+        if arguments.all:
+            return _run_all(arguments.peer and _peer(arguments), arguments.rounds)
+        if arguments.compare:
+            for line in _compared(parser, arguments):
+                print(json.dumps(line), flush=True)
+            return 0
+        if argv is None:
+            keep_freed_memory()  # as the command line does
+        print(json.dumps(run_case(arguments.case, arguments.dtype, arguments.steps or 5, options)))
+    except (UserError, RunFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+def run_case(case: str, dtype: str, steps: int, options: dict[str, int | str]) -> peers.Line:
+    """Runs a case in this process."""
+    result = CASES[case](dtype, steps, **options)
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     versions |= {"t5x_like": t5x_like.__version__, "python": sys.version.split()[0]}
-    facts = {"case": arguments.case, "dtype": arguments.dtype, "device": jax.devices()[0].device_kind}
-    print(json.dumps(facts | result | {"peak_memory_gib": round(peak_memory_gib(), 2), "versions": versions}))
-    return 0
+    facts = {"case": case, "dtype": dtype, "device": jax.devices()[0].device_kind}
+    return facts | {"peak_memory_gib": round(peak_memory_gib(), 2)} | result | {"versions": versions}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Measures this machine; prints one JSON line for each case.",
+        epilog="A peer is a script that times the same work by other means: see `Peer` in scripts/benchmarks/peers.py.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    one = f"run one, in this process: {', '.join(CASES)}"
+    what.add_argument("--case", choices=sorted(CASES), metavar="NAME", help=one)
+    what.add_argument(
+        "--all",
+        action="store_true",
+        help="run every case that has a target, beside the peer's where --peer is given and has one, each turn in a "
+        "process of its own; ends with a table in Markdown",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="timed steps of a case (default: 5), or of each turn (default: as with --all)",
+    )
+    for name, option in OPTIONS.items():
+        default = f" (default: {option.default})" if option.default is not None else ""
+        help_ = f"{option.help}{default}; of {', '.join(option.cases)}"
+        parser.add_argument(f"--{name}", type=option.kind, metavar="VALUE", help=help_)
+    beside = parser.add_argument_group("beside a peer")
+    beside.add_argument(
+        "--compare",
+        action="store_true",
+        help="run the case and the peer's in turns, each in a process of its own: one line with all seconds, both "
+        "medians, and `ratio`, ours over theirs (of tokens per second in decoding); the peer's products are float32. "
+        f"What ours compile is kept in {peers.cache_folder()}",
+    )
+    beside.add_argument("--peer", type=Path, metavar="PATH", help="the peer's script")
+    beside.add_argument("--peer_python", default=sys.executable, metavar="PATH", help="what runs it (default: this)")
+    beside.add_argument("--rounds", type=int, default=2, metavar="N", help="turns of each (default: 2)")
+    return parser
+
+
+def _options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict[str, int | str]:
+    """The options of the case; ends the process where the arguments do not fit each other."""
+    options = {}
+    if arguments.all and (arguments.steps is not None or arguments.compare):
+        parser.error("--all has its own --steps, and compares by itself where --peer is given")
+    for name, option in OPTIONS.items():
+        given = getattr(arguments, name)
+        if given is not None and arguments.case not in option.cases:
+            parser.error(f"--{name} means nothing to {arguments.case or '--all'}")
+        if given is not None and arguments.compare:
+            parser.error(f"--{name} means nothing to --compare")
+        if arguments.case in option.cases and (given is not None or option.default is not None):
+            options[name] = option.default if given is None else given
+    counts = [arguments.rounds, *([] if arguments.steps is None else [arguments.steps])]
+    if min([*counts, *(value for value in options.values() if isinstance(value, int))]) < 1:
+        parser.error("--steps and what else is counted must be at least 1")
+    return options
+
+
+def _peer(arguments: argparse.Namespace) -> peers.Peer:
+    if arguments.peer is None:
+        raise UserError("--compare needs --peer=PATH, the script to compare with")
+    peer = peers.Peer(arguments.peer, arguments.peer_python)
+    peer.check()
+    return peer
+
+
+def _compared(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Iterator[peers.Line]:
+    entry = suite.SUITE.get(arguments.case)
+    if entry is None or entry.peer_case is None:
+        known = ", ".join(name for name, entry in suite.SUITE.items() if entry.peer_case)
+        parser.error(f"no peer has a case like {arguments.case}; --compare knows {known}")
+    number = arguments.steps or entry.steps
+    return peers.compare(arguments.case, [arguments.dtype], _peer(arguments), entry.peer_case, arguments.rounds, number)
+
+
+def _run_all(peer: peers.Peer | None, rounds: int) -> int:
+    """Every case of the suite; what fails is said, and does not keep the others from running."""
+    lines, failed = [], False
+    for case, entry in suite.SUITE.items():
+        try:
+            if peer and entry.peer_case:
+                found = list(peers.compare(case, entry.dtypes, peer, entry.peer_case, rounds, entry.steps))
+            else:
+                found = [peers.our_turn(case, dtype, entry.steps, cached=False) for dtype in entry.dtypes]
+        except RunFailed as error:
+            print(f"error: {case}: {error}", file=sys.stderr)
+            failed = True
+            continue
+        for line in found:
+            print(json.dumps(line), flush=True)
+        lines += found
+    print(suite.table(lines))
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -104,18 +104,28 @@ class TrainStep:
         self, partitioner: Partitioner, shardings: TrainState
     ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
         """The step as one program over the mesh; the old state's memory is donated to the new one."""
-        step = jax.jit(
-            self.__call__,
-            in_shardings=(shardings, partitioner.sharding("batch")),
-            out_shardings=(shardings, partitioner.sharding()),
-            donate_argnums=0,
-        )
+        step = self._program(partitioner, shardings)
 
         def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
             with partitioner.active():
                 return step(state, batch)
 
         return run
+
+    def lowered(
+        self, partitioner: Partitioner, shardings: TrainState, state: TrainState, batch: Batch
+    ) -> jax.stages.Lowered:
+        """The same program before it is compiled, from arrays or shapes: for whoever asks what memory it takes."""
+        with partitioner.active():
+            return self._program(partitioner, shardings).lower(state, batch)
+
+    def _program(self, partitioner: Partitioner, shardings: TrainState) -> jax.stages.Wrapped:
+        return jax.jit(
+            self.__call__,
+            in_shardings=(shardings, partitioner.sharding("batch")),
+            out_shardings=(shardings, partitioner.sharding()),
+            donate_argnums=0,
+        )
 
 
 def step_key(seed: int, step: Array | int) -> PRNGKey:

@@ -141,6 +141,16 @@ def test_a_step_that_is_not_finite_leaves_parameters_and_optimizer_bit_identical
     assert jax.jit(TrainStep(model, optimizer))(state, random_batch(8))[1].finite
 
 
+def test_a_step_lowered_from_shapes_is_the_compiled_one() -> None:
+    model, batch = tiny_model(), random_batch(8, pack=True)
+    shardings = train_state.state_shardings(model, SGD, batch, ONE)
+    shapes = train_state.abstract(model, SGD, batch, shardings)
+    program = TrainStep(model, SGD).lowered(ONE, shardings, shapes, batch).compile()
+    state = train_state.create_sharded(model, SGD, batch, 0, ONE)
+    result = program(state, jax.device_put(batch, ONE.sharding("batch")))
+    jax.tree.map(np.testing.assert_array_equal, result, after_one_step(ONE))
+
+
 def test_dropout_is_a_function_of_seed_and_step() -> None:
     model, batch = tiny_model("DROPOUT_RATE=0.5"), random_batch(8)
     state = created(model, SGD)
