@@ -282,9 +282,12 @@ class Transformer(nn.Module):
         tokens: Int[Array, "rows step_length"],
         position: Int[Array, ""],
         max_length: int,
-        encoder_is_real: Bool[Array, "rows encoder_length"],
+        encoder_is_real: Bool[Array, "examples encoder_length"],
     ) -> Float[Array, "rows step_length vocab"]:
-        """One cached step: logits after `tokens`, which stand from `position` on. Needs a mutable `cache`."""
+        """One cached step: logits after `tokens`, which stand from `position` on. Needs a mutable `cache`.
+
+        As many rows in a row as there are to an example attend to the same encoded tokens.
+        """
         queries = position + jnp.arange(tokens.shape[1])
         mask = Mask(queries, jnp.arange(max_length), causal=True)
         columns = jnp.arange(encoder_is_real.shape[1])
