@@ -137,6 +137,7 @@ class MultiHeadAttention(nn.Module):
         query = self._project("query", x, self.init_scale if self.scaled else self.init_scale / self.head_dim)
         if self.scaled:
             query *= self.head_dim**-0.5
+        attend = self.attend
         if position is None:
             source = x if context is None else context
             key, value = self._project("key", source), self._project("value", source)
@@ -144,12 +145,14 @@ class MultiHeadAttention(nn.Module):
                 self._make_cache(key, value, keep=context is not None)
         elif self.has_variable("cache", "context_key"):
             key, value = (_from_cache(name, self.get_variable("cache", f"context_{name}")) for name in CACHED)
-            query = query.reshape(len(key), -1, *query.shape[2:])
+            attend, query = DotProduct(), query.reshape(len(key), -1, *query.shape[2:])  # too few for other forms
+            if mask is not None:
+                mask = dataclasses.replace(mask, query_positions=jnp.resize(mask.query_positions, query.shape[1]))
         else:
             key, value = (self._append(name, x, position) for name in CACHED)
         # One mask for all queries drops whole keys, so it may as well drop their values.
         value = Dropout(self.dropout_rate, broadcast_dims=(-1,))(value)
-        mixed = self.attend(query, key, value, bias, mask).reshape(*x.shape[:2], self.num_heads, self.head_dim)
+        mixed = attend(query, key, value, bias, mask).reshape(*x.shape[:2], self.num_heads, self.head_dim)
         mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
         init = self.out_init or self.kernel_init or FanInNormal(self.init_scale, in_axes=2)
         out = Linear((x.shape[-1],), ("heads", "head_dim", "embed"), 2, init, self.dtype, self.use_bias, name="out")

@@ -53,7 +53,7 @@ class Chunked:
     def __call__(self, query: Query, key: Key, value: Key, bias: Bias | None, mask: Mask | None) -> Query:
         """See `Attend`; the positions of a `BucketBias` have to be consecutive, or all is NaN."""
         (batch, q_len), k_len = query.shape[:2], key.shape[1]
-        if mask is not None and mask.query_positions.shape == (1,):  # a step of cached decoding
+        if q_len == 1:  # a step of cached decoding
             return DotProduct()(query, key, value, bias, mask)
         rows, columns = math.ceil(q_len / self.query_block), math.ceil(k_len / self.key_block)
         queries, keys, values = _split(query, rows), _split(key, columns), _split(value, columns)

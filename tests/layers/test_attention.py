@@ -101,13 +101,29 @@ def test_attends_to_itself_or_to_a_context() -> None:
     )
 
 
+def test_rows_share_the_context_of_their_example() -> None:
+    x, context, mask = random(3 * BATCH, 1, EMBED), random(BATCH, 5, EMBED), np.ones((BATCH, 5), np.int32)
+    mask[0, 3:] = 0
+    variables = {"params": PARAMS}
+    _, made = ATTENTION.apply(variables, jnp.zeros((BATCH, 1, EMBED)), jnp.asarray(context), mutable=["cache"])
+    out = ATTENTION.apply(
+        variables | made,
+        jnp.asarray(x),
+        mask=Mask(jnp.asarray([7]), jnp.arange(5), key_segments=jnp.asarray(mask)),
+        position=jnp.asarray(7),
+    )
+    each = np.repeat(mask > 0, 3, axis=0)[:, None, None]
+    expected = naive_attention(x, np.repeat(context, 3, axis=0), None, each)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_cache_of_its_own_keys_fills_from_a_position_on() -> None:
     variables = {"params": PARAMS}
     long = random(BATCH, 4, EMBED)
     _, made = ATTENTION.apply(variables, jnp.zeros_like(long), mutable=["cache"])
     assert {name: entry.shape for name, entry in made["cache"].items()} == {
-        "cached_key": (BATCH, 4, HEADS, HEAD_DIM),
-        "cached_value": (BATCH, 4, HEADS, HEAD_DIM),
+        "cached_key": (BATCH, HEADS, HEAD_DIM, 4),
+        "cached_value": (BATCH, HEADS, 4, HEAD_DIM),
     }
     assert not any(np.asarray(entry).any() for entry in made["cache"].values())
     cache, found = made["cache"], []
