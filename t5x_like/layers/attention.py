@@ -147,7 +147,7 @@ class MultiHeadAttention(nn.Module):
             key, value = (_from_cache(name, self.get_variable("cache", f"context_{name}")) for name in CACHED)
             attend, query = DotProduct(), query.reshape(len(key), -1, *query.shape[2:])  # too few for other forms
             if mask is not None:
-                mask = dataclasses.replace(mask, query_positions=jnp.resize(mask.query_positions, query.shape[1]))
+                mask = dataclasses.replace(mask, query_positions=jnp.resize(mask.query_positions, query.shape[1:2]))
         else:
             key, value = (self._append(name, x, position) for name in CACHED)
         # One mask for all queries drops whole keys, so it may as well drop their values.
