@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -29,6 +29,12 @@ def check_activations(owner: str, activations: tuple[str, ...]) -> None:
     for name in activations:
         if name not in ACTIVATIONS:
             raise UserError(f"{owner}.activations: {name!r} is not one of {', '.join(ACTIVATIONS)}")
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def gated(activations: tuple[str, ...], branches: Sequence[Float[Array, "..."]]) -> Float[Array, "..."]:
+    """The product of activations. Only `branches` are kept for the backward pass, which computes the rest again."""
+    return functools.reduce(operator.mul, (ACTIVATIONS[name](x) for name, x in zip(activations, branches, strict=True)))
 
 
 class MlpBlock(nn.Module):
@@ -63,12 +69,9 @@ class MlpBlock(nn.Module):
         self, x: Float[Array, "batch length embed"], tokens: Tokens | None = None
     ) -> Float[Array, "batch length embed"]:
         """Maps every position by itself, whatever its token."""
-        branches = []
-        for i, activation in enumerate(self.activations):
-            name = "wi" if len(self.activations) == 1 else f"wi_{i}"
-            hidden = self._linear(name, self.mlp_dim, ("embed", "mlp"), None)(x)
-            branches.append(ACTIVATIONS[activation](hidden))
-        hidden = functools.reduce(operator.mul, branches)
+        names = ["wi"] if len(self.activations) == 1 else [f"wi_{i}" for i in range(len(self.activations))]
+        branches = [self._linear(name, self.mlp_dim, ("embed", "mlp"), None)(x) for name in names]
+        hidden = gated(self.activations, branches)
         hidden = constrain(Dropout(self.dropout_rate)(hidden), "batch", "length", "mlp")
         return self._linear("wo", x.shape[-1], ("mlp", "embed"), self.out_init)(hidden)
 

@@ -1,5 +1,7 @@
 """Normalisation. Statistics are float32 whatever the activations are."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,14 @@ from t5x_like.layers.parameters import parameter
 from t5x_like.typing import Array, Float
 
 
+@functools.partial(jax.checkpoint, static_argnums=2)
 def rms_norm(
     x: Float[Array, "*batch embed"], scale: Float[Array, " embed"], epsilon: float
 ) -> Float[Array, "*batch embed"]:
-    """`x / rms(x) * scale` (Zhang & Sennrich 2019): no mean is subtracted and no bias added, as T5 does."""
+    """`x / rms(x) * scale` (Zhang & Sennrich 2019): no mean is subtracted and no bias added, as T5 does.
+
+    Only `x` is kept for the backward pass.
+    """
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype) * jnp.broadcast_to(scale, x.shape).astype(
