@@ -1,6 +1,5 @@
 """Our own checkpoints: one atomic Orbax step each, with the data position and a digest of every array."""
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -140,18 +139,13 @@ class Checkpoints:
         warnings: list[str] = []
         for step in reversed(self.steps()):
             try:
+                self.check_shapes(step, like.params)
                 return Restored(*self.restore(step, like), warnings)
             except CorruptCheckpoint as error:
-                warnings.append(self._explained(step, like, error))
+                warnings.append(str(error))
         if warnings:
             raise RunFailed("no checkpoint is whole:\n  " + "\n  ".join(warnings))
         return None
-
-    def _explained(self, step: int, like: TrainState, error: "CorruptCheckpoint") -> str:
-        """What is wrong with a checkpoint, unless it belongs to another model (`UserError`)."""
-        with contextlib.suppress(CorruptCheckpoint):
-            self.check_shapes(step, like.params)
-        return str(error)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, Position]:
         """One checkpoint.
@@ -189,7 +183,9 @@ class Checkpoints:
             metadata,
         )
         arguments = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments, digests=integrity.DigestsRestore()))
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=arguments, digests=integrity.DigestsRestore())
+        )
         leaves = {name: leaf for name, leaf in named_leaves(restored.state) if name in wanted}
         self._check_digests(step, leaves, restored.digests)
         return {wanted[name]: leaf for name, leaf in leaves.items()}

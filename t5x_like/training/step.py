@@ -101,15 +101,24 @@ class TrainStep:
         return constrain(parts, None, "batch", *(None,) * (x.ndim - 1))
 
     def compiled(
-        self, partitioner: Partitioner, shardings: TrainState
+        self, partitioner: Partitioner, shardings: TrainState, like: tuple[TrainState, Batch] | None = None
     ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
-        """The step as one program over the mesh; the old state's memory is donated to the new one."""
+        """The step as one program over the mesh; the old state's memory is donated to the new one.
+
+        Args:
+          partitioner: the mesh and its rules.
+          shardings: of the state.
+          like: shapes of state and batch, to compile for now; None compiles at the first call, for what comes.
+        """
         step = jax.jit(
             self.__call__,
             in_shardings=(shardings, partitioner.sharding("batch")),
             out_shardings=(shardings, partitioner.sharding()),
             donate_argnums=0,
         )
+        if like is not None:
+            with partitioner.active():
+                return step.lower(*like).compile()
 
         def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
             with partitioner.active():

@@ -44,9 +44,8 @@ def state_shardings(
     Raises:
       UserError: the mesh does not divide all parameters; lists those.
     """
-    with partitioner.active():  # as when the parameters are drawn: one trace of the network then serves for all
-        shapes = jax.eval_shape(lambda: create(model, optimizer, batch, 0))
-        axes = model.logical_axes(batch)
+    shapes = jax.eval_shape(lambda: create(model, optimizer, batch, 0))
+    axes = model.logical_axes(batch)
     params = partitioner.tree_shardings(axes)
     parameter_shapes = {name: leaf.shape for name, leaf in named_leaves(shapes.params)}
     parameter_axes = dict(named_axes(axes))
