@@ -1,0 +1,1 @@
+"""Benchmark cases of scripts/benchmark.py, by what they measure."""
