@@ -149,10 +149,21 @@ class Partitioner:
 
 def constrain(x: Array, *axes: str | None) -> Array:
     """Tells the compiler how an activation whose dimensions are named `axes` is split; the identity without a mesh."""
+    sharding = active_sharding(*axes)
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def active_partitioner() -> Partitioner | None:
+    """The one whose `active()` this is called within."""
+    return _active.get()
+
+
+def active_sharding(*axes: str | None) -> NamedSharding | None:
+    """How the active mesh splits an array whose dimensions are named `axes`; None where nothing is to be split."""
     partitioner = _active.get()
     if partitioner is None or partitioner.mesh.size == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, partitioner.sharding(*axes))
+        return None
+    return partitioner.sharding(*axes)
 
 
 def ways(axis: str) -> int:

@@ -258,3 +258,19 @@ print(*faults)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     first, *others = map(int, done.stdout.split())
     assert max(others) < first / 10
+
+
+def test_compiled_programs_are_kept_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process of the command line's own gives JAX a folder in the user's cache; the user's choice wins."""
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    program = "from t5x_like.cli import main; main(); import jax; print(jax.config.jax_compilation_cache_dir)"
+
+    def folder() -> Path:
+        command = [sys.executable, "-c", program, "--version"]
+        return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+    assert folder().parent == tmp_path / "t5x_like" / "compiled"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
+    assert folder() == tmp_path / "mine"

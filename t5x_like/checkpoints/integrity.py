@@ -1,7 +1,12 @@
 """Digests of arrays, so that a checkpoint whose bytes have changed is found out and named (Orbax checks none)."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
 
 from t5x_like.architectures.variables import named_leaves
 from t5x_like.typing import Array, PyTree, UInt
@@ -23,16 +28,50 @@ def digest(x: Array) -> UInt[Array, ""]:
     return jnp.sum(words.astype(jnp.uint32) * place, dtype=jnp.uint32)
 
 
-@jax.jit
-def _digests(tree: PyTree) -> PyTree:
-    return jax.tree.map(digest, tree)
+_digest = jax.jit(digest)  # a program for every shape: one for all arrays takes seconds to compile
+
+
+def computing(tree: PyTree) -> dict[str, UInt[Array, ""]]:
+    """The digest of every array, by name, while the devices may still be at it; the arrays may be donated meanwhile."""
+    return {name: _digest(leaf) for name, leaf in named_leaves(tree)}
 
 
 def digests(tree: PyTree) -> dict[str, int]:
     """The digest of every array, by name."""
-    return {name: int(value) for name, value in named_leaves(jax.device_get(_digests(tree)))}
+    return {name: int(value) for name, value in jax.device_get(computing(tree)).items()}
 
 
 def differences(tree: PyTree, saved: dict[str, int]) -> list[str]:
     """Names of the arrays of `tree` that are not what was saved."""
     return [name for name, value in digests(tree).items() if saved.get(name, value) != value]
+
+
+class DigestsHandler(ocp.JsonCheckpointHandler):
+    """Writes digests as JSON, and waits for them in the thread that writes, not in the one that trains."""
+
+    async def async_save(
+        self, directory: epath.Path, item: None = None, args: "DigestsSave | None" = None
+    ) -> list[ocp.future.Future]:
+        """Starts writing; part of the same commit as the arrays."""
+        assert args is not None  # the signature is Orbax's
+
+        async def write() -> None:
+            values = {name: int(value) for name, value in jax.device_get(args.digests).items()}
+            if jax.process_index() == 0:
+                (directory / "metadata").write_text(json.dumps(values))
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="digests")]
+
+
+@ocp.args.register_with_handler(DigestsHandler, for_save=True)
+@dataclasses.dataclass
+class DigestsSave(ocp.args.CheckpointArgs):
+    """What `computing` returned."""
+
+    digests: dict[str, Array]
+
+
+@ocp.args.register_with_handler(DigestsHandler, for_restore=True)
+@dataclasses.dataclass
+class DigestsRestore(ocp.args.CheckpointArgs):
+    """Reads digests."""

@@ -96,7 +96,7 @@ class Checkpoints:
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(),
             "position": ocp.JsonCheckpointHandler(),
-            "digests": ocp.JsonCheckpointHandler(),
+            "digests": integrity.DigestsHandler(),
         }
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
@@ -120,7 +120,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             position=ocp.args.JsonSave(_of_all_processes(position)),
-            digests=ocp.args.JsonSave(integrity.digests(state)),
+            digests=integrity.DigestsSave(integrity.computing(state)),
         )
         if step in self._manager.all_steps():  # a corrupt one that was stepped over
             self._manager.delete(step)
@@ -156,7 +156,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like)),
             position=ocp.args.JsonRestore(),
-            digests=ocp.args.JsonRestore(),
+            digests=integrity.DigestsRestore(),
         )
         try:
             restored = self._manager.restore(step, args=items)
@@ -183,7 +183,9 @@ class Checkpoints:
             metadata,
         )
         arguments = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments, digests=ocp.args.JsonRestore()))
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=arguments, digests=integrity.DigestsRestore())
+        )
         leaves = {name: leaf for name, leaf in named_leaves(restored.state) if name in wanted}
         self._check_digests(step, leaves, restored.digests)
         return {wanted[name]: leaf for name, leaf in leaves.items()}
@@ -210,7 +212,7 @@ class Checkpoints:
 
     def saved_digests(self, step: int) -> dict[str, int]:
         """The digest of every array as it was saved, by name: two runs are bitwise equal where these are."""
-        return self._manager.restore(step, args=ocp.args.Composite(digests=ocp.args.JsonRestore())).digests
+        return self._manager.restore(step, args=ocp.args.Composite(digests=integrity.DigestsRestore())).digests
 
     def check_shapes(self, step: int, like: Params) -> None:
         """Raises `UserError` listing the parameters which a checkpoint and a tree of shapes do not have in common."""

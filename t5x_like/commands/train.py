@@ -1,7 +1,9 @@
 """`t5x_like train`: trains a model, or goes on where it stopped."""
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -25,7 +27,7 @@ from t5x_like.training.run_log import RunLog, SilentRunLog, read_evaluations, wr
 from t5x_like.training.step import TrainStep
 from t5x_like.training.train_state import TrainState
 from t5x_like.training.trainer import Monitor, Progress, Trainer
-from t5x_like.typing import Batch
+from t5x_like.typing import Batch, Params
 
 
 def train(
@@ -75,33 +77,33 @@ def train(
     check_divisible({name: x.shape for name, x in batch.items()}, dict.fromkeys(batch, batch_sharding))
     shardings = train_state.state_shardings(model, trainer.optimizer, batch, partitioner)
 
-    with Checkpoints(Path(model_dir) / "checkpoints", checkpoints) as saved:
-        restored = saved.restore_latest(train_state.abstract(model, trainer.optimizer, batch, shardings))
+    like = train_state.abstract(model, trainer.optimizer, batch, shardings)
+
+    with Checkpoints(Path(model_dir) / "checkpoints", checkpoints) as saved, ThreadPoolExecutor(1) as background:
+        restored = saved.restore_latest(like)
+        # Compiled, or read as another run compiled it, while parameters are drawn and the first batch is prepared.
+        step = TrainStep(model, trainer.optimizer, trainer.seed, trainer.microbatches)
+        compiling = background.submit(lambda: step.lowered(partitioner, shardings, like, batch).compile())
         if restored is None:
             state, position, warnings = _first_state(model, trainer, batch, partitioner, restore), None, []
         else:
             state, position, warnings = restored
         with _open_log(model_dir, trainer, int(state.step), wandb_project) as log:
-            if jax.process_index() == 0:
-                run_folder.write_config(model_dir, config)
-                write_run_json(model_dir, _facts(state, partitioner, trainer, dataset))
-            for warning in warnings:
-                log.message(f"stepped over {warning}")
+            _write_start(log, model_dir, config, _facts(state, partitioner, trainer, dataset), warnings)
             log.message(f"{'resumed at' if restored else 'starting from'} step {int(state.step)} in {model_dir}")
             evaluation = None
             if evaluator is not None:
                 predictor = Predictor(model, partitioner)
                 evaluation = EvaluationHook(evaluator, predictor, eval_period, model_dir, log, early_stopping)
             save = SaveHook(saved, checkpoints.save_period, evaluation)
-            flops = 3.0 * matmul_flops(lambda p, b: model.loss(p, b).loss.total, state.params, batch)
-            peak = matmul_peak(default_dtype()) * run_folder.matmul_devices()
-            step = TrainStep(model, trainer.optimizer, trainer.seed, trainer.microbatches)
+            batches = loader.batches(position)
+            first, compiled = next(batches), compiling.result()
             state = trainer.fit(
                 state,
-                step.compiled(partitioner, shardings),
-                loader.batches(position),
+                compiled,
+                itertools.chain([first], batches),
                 batch_sharding,
-                Monitor(trainer, log, model_dir, flops, peak),
+                _monitor(trainer, log, model_dir, model, like.params, batch),
                 [save] if evaluation is None else [evaluation, save],
             )
             rest = "" if int(state.step) >= trainer.train_steps else "; the same command goes on from there"
@@ -176,6 +178,22 @@ def _open_log(model_dir: str, trainer: Trainer, step: int, wandb_project: str | 
     if jax.process_index() != 0:
         return SilentRunLog()
     return RunLog(model_dir, trainer.train_steps, step, wandb_project)
+
+
+def _monitor(trainer: Trainer, log: RunLog, model_dir: str, model: Model, params: Params, batch: Batch) -> Monitor:
+    flops = 3.0 * matmul_flops(lambda p, b: model.loss(p, b).loss.total, params, batch)
+    peak = matmul_peak(default_dtype()) * run_folder.matmul_devices()
+    return Monitor(trainer, log, model_dir, flops, peak)
+
+
+def _write_start(
+    log: RunLog, model_dir: str, config: str, facts: Mapping[str, object], warnings: Sequence[str]
+) -> None:
+    if jax.process_index() == 0:
+        run_folder.write_config(model_dir, config)
+        write_run_json(model_dir, facts)
+    for warning in warnings:
+        log.message(f"stepped over {warning}")
 
 
 def _facts(

@@ -13,7 +13,6 @@ from typing import TypeVar
 
 import numpy as np
 import sacrebleu
-from rouge_score.rouge_scorer import RougeScorer
 
 from t5x_like.errors import UserError
 
@@ -131,6 +130,8 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
     Returns:
         `rouge1`, `rouge2` and `rougeLsum`.
     """
+    from rouge_score.rouge_scorer import RougeScorer  # a second, for SciPy: only where it is asked for
+
     names = ["rouge1", "rouge2", "rougeLsum"]
     scorer = RougeScorer(names)
     scores = [scorer.score(target, summary) for target, summary in _pairs(targets, predictions)]

@@ -1,6 +1,7 @@
 """What every model does with its network: parameters, logits, losses and scores out of it and a batch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ from t5x_like.layers.moe import REPORTS, RouterReport
 from t5x_like.models.contract import LossAndMetrics
 from t5x_like.models.losses import log_likelihood, loss_and_metrics
 from t5x_like.models.routing_metrics import with_routing
+from t5x_like.sharding import Partitioner, active_partitioner
 from t5x_like.typing import Array, Batch, Float, Int, Params, PRNGKey, PyTree
 
 
@@ -110,4 +112,9 @@ class NetworkModel:
 
     def _variables(self, key: PRNGKey, batch: Batch) -> PyTree:
         arguments = {name: jnp.zeros_like(array) for name, array in self._arguments(batch).items()}
-        return self.network.init(key, **arguments)["params"]
+        return _initialised(self.network, active_partitioner(), key, arguments)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)  # a big model takes a second to trace: once
+def _initialised(network: Network, _: Partitioner | None, key: PRNGKey, arguments: dict[str, Array]) -> PyTree:
+    return network.init(key, **arguments)["params"]

@@ -5,12 +5,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
 from t5x_like.architectures.variables import named_axes, named_leaves, parameter_name
 from t5x_like.models.contract import Model
 from t5x_like.sharding import LogicalAxes, Partitioner, check_divisible
+from t5x_like.training.drawing import drawn
 from t5x_like.typing import Batch, Params, PyTree
 
 
@@ -72,7 +74,10 @@ def create_sharded(
     """`create`, every device making its own part of it."""
     shardings = state_shardings(model, optimizer, batch, partitioner)
     with partitioner.active():
-        return jax.jit(lambda: create(model, optimizer, batch, seed), out_shardings=shardings)()
+        params = drawn(lambda: model.init(jax.random.key(seed), batch))
+        params = jax.device_put(params, shardings.params)  # a parameter that no layer has split by itself
+        opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+        return TrainState(jax.device_put(np.int32(0), shardings.step), params, opt_state)
 
 
 def count_parameters(params: Params) -> int:

@@ -154,3 +154,28 @@ def test_two_parameters_may_come_from_one(tmp_path: Path) -> None:
         np.testing.assert_array_equal(taken[name]["kernel"], np.full((8, 4), 103.0))
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(taken)]
     assert len(set(pointers)) == 2
+
+
+def test_a_parameter_of_another_shape_is_refused(tmp_path: Path) -> None:
+    """Neither cut nor padded, which would leave zeros that no digest tells from saved ones."""
+    save(tmp_path, [1], CheckpointPolicy())
+    for shape in ((8, 6), (8, 2)):
+        other = like(state())
+        kernel = other.params["encoder"]["kernel"]
+        other.params["encoder"]["kernel"] = jax.ShapeDtypeStruct(shape, kernel.dtype, sharding=kernel.sharding)
+        with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError) as error:
+            checkpoints.restore_latest(other)
+        assert f"encoder/kernel: (8, 4) in the checkpoint, {shape} in the model" in str(error.value)
+
+
+def test_what_is_saved_is_verified_though_its_memory_is_given_away_at_once(tmp_path: Path) -> None:
+    """Digests may still be computing when the next step takes the state's memory."""
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2, tree), donate_argnums=0)
+    trained = jax.jit(lambda: jnp.arange(2.0**20).reshape(1024, 1024))()
+    with Checkpoints(tmp_path, CheckpointPolicy()) as checkpoints:
+        saved = TrainState(jnp.int32(0), {"kernel": trained}, {})
+        checkpoints.save(0, saved, POSITION)
+        jax.block_until_ready(step(saved))
+        shapes = TrainState(*(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), part) for part in saved))
+        restored, _ = checkpoints.restore(0, like(jax.jit(lambda: jax.tree.map(jnp.zeros_like, shapes))()))
+    np.testing.assert_array_equal(restored.params["kernel"], np.arange(2.0**20).reshape(1024, 1024))
