@@ -20,9 +20,8 @@ def start(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_input_is_measured_against_the_step(start: ModuleType) -> None:
+def test_input_is_read_and_counted(start: ModuleType) -> None:
     result = start.input_pipeline("float32", 1)
-    assert result["ratio_to_step"] == round(result["tokens_per_second"] / start.STEP_TOKENS_PER_SECOND, 1)
     # 4 batches of 8 rows, full but for the targets' last token or two, took at least the time of the first.
     assert 0 < result["tokens_per_second"] <= 4 * 8 * (64 + 24) / result["seconds_first_batch"]
 
@@ -31,7 +30,7 @@ def test_parameters_are_made_without_the_cache_which_stays_on(start: ModuleType)
     before = jax.config.jax_enable_compilation_cache
     result = start.init("float32", 1)
     assert result["parameters"] == 3_673_088
-    assert result["ratio_to_target"] == pytest.approx(result["seconds"] / 3.0, abs=1e-3)
+    assert 0 < result["seconds_least"] <= result["seconds"]
     assert jax.config.jax_enable_compilation_cache == before
 
 
@@ -40,10 +39,10 @@ def test_a_checkpoint_is_saved_and_restored(start: ModuleType) -> None:
     assert result["megabytes"] > 4 * 3_673_088 / 1e6  # float32 parameters, and then the optimiser's
     assert 0 < result["save_blocks_seconds_least"] <= result["save_blocks_seconds"]
     assert result["save_blocks_seconds"] < result["seconds_save_until_committed"]
-    assert result["restore_ratio_to_target"] == pytest.approx(result["restore_seconds"] / 2.0, abs=1e-3)
+    assert 0 < result["restore_seconds_least"] <= result["restore_seconds"]
 
 
 def test_the_real_command_is_timed_to_its_first_step(start: ModuleType) -> None:
     result = start.startup("float32", 1)
     assert result["seconds_cold"] > 1.0  # imports alone take longer
-    assert result["ratio_to_target"] == pytest.approx(result["seconds"] / 15.0, abs=1e-3)
+    assert result["seconds"] < result["seconds_cold"]
