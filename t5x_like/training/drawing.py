@@ -1,15 +1,14 @@
 """Fresh parameters, each kind of them drawn by a small program of its own."""
 
+import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import jax
 from jax.extend import core
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.typing import ArrayLike
 
-from t5x_like.typing import Params
+from t5x_like.typing import Array, Params
 
 
 def drawn(init: Callable[[], Params]) -> Params:
@@ -22,26 +21,27 @@ def drawn(init: Callable[[], Params]) -> Params:
     closed, shapes = jax.make_jaxpr(init, return_shape=True)()
     jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
     values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    last_reader = {variable: equation for equation in jaxpr.eqns for variable in _variables(equation.invars)}
 
     def value(variable: core.Var | core.Literal) -> ArrayLike:
         return variable.val if isinstance(variable, core.Literal) else values[variable]
 
-    for equation, program in zip(jaxpr.eqns, _programs(jaxpr.eqns), strict=True):
-        results = program(*map(value, equation.invars))
+    for equation in jaxpr.eqns:
+        results = _program(equation.primitive, *equation.params.items())(*map(value, equation.invars))
         values |= zip(equation.outvars, results if equation.primitive.multiple_results else [results], strict=True)
+        for variable in _variables(equation.invars) - set(jaxpr.outvars):
+            if last_reader[variable] is equation:
+                del values[variable]  # or a scanned layer's parameters would be in memory twice
     return jax.tree.unflatten(jax.tree.structure(shapes), map(value, jaxpr.outvars))
 
 
-def _programs(equations: Sequence[core.JaxprEqn]) -> list[jax.stages.Compiled]:
-    """A compiled program for every equation, the same one for equal ones."""
-    kinds = [(e.primitive, tuple(e.params.items()), tuple(x.aval for x in e.invars)) for e in equations]
-    lowered = {
-        (primitive, params, arguments): jax.jit(partial(primitive.bind, **dict(params))).lower(*arguments)
-        for primitive, params, arguments in dict.fromkeys(kinds)
-    }
+def _variables(atoms: Sequence[core.Var | core.Literal]) -> set[core.Var]:
+    return {atom for atom in atoms if isinstance(atom, core.Var)}
+
+
+@functools.lru_cache(maxsize=256)
+def _program(primitive: core.Primitive, *params: tuple[str, object]) -> Callable[..., Array | list[Array]]:
+    """An equation as a program, whatever mesh its arguments come from."""
     # Level 1 takes LLVM half the time of level 2, its default, and gives the same bits.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    with ThreadPoolExecutor() as pool:
-        compiled = pool.map(lambda program: program.compile(options), lowered.values())
-        programs = dict(zip(lowered, compiled, strict=True))
-    return [programs[kind] for kind in kinds]
+    return jax.jit(functools.partial(primitive.bind, **dict(params)), compiler_options=options)

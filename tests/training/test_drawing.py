@@ -27,14 +27,15 @@ def test_parameters_are_those_of_one_program(bindings: tuple[str, ...]) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=3e-7), found, expected)
 
 
-def test_every_device_draws_its_own_part() -> None:
+@pytest.mark.parametrize("bindings", [(), SCANNED], ids=["loop", "scan"])
+def test_every_device_draws_its_own_part(bindings: tuple[str, ...]) -> None:
     partitioner = Partitioner(make_mesh(data=4, model=2), fsdp_rules())
-    model, batch, optimizer = tiny_model(), random_batch(8), adafactor(1e-3)
+    model, batch, optimizer = tiny_model(*bindings), random_batch(8), adafactor(1e-3)
     state = train_state.create_sharded(model, optimizer, batch, 0, partitioner)
     shardings = train_state.state_shardings(model, optimizer, batch, partitioner)
     jax.tree.map(lambda x, s: s.is_equivalent_to(x.sharding, x.ndim) or pytest.fail(f"{x.sharding}"), state, shardings)
-    kernel = state.params["encoder"]["layers_0"]["mlp"]["wi_0"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape == (16 // 4, 32 // 2)
+    kernel = state.params["encoder"]["layers" if bindings else "layers_0"]["mlp"]["wi_0"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (16 // 4, *((2,) if bindings else ()), 32 // 2)
 
 
 def test_what_is_not_asked_for_is_not_computed() -> None:
