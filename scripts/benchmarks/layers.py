@@ -1,7 +1,6 @@
 """One layer by itself, beside its rivals: the sparse layer, and attention in linear memory."""
 
 import dataclasses
-import functools
 import math
 import statistics
 import time
@@ -19,6 +18,7 @@ from t5x_like.layers.masks import Mask, within
 from t5x_like.layers.mlp import MlpBlock
 from t5x_like.layers.moe import REPORTS, Experts, SparseMlp
 from t5x_like.layers.positions import BucketBias
+from t5x_like.layers.products import product
 from t5x_like.layers.routing import CapacityFactor, Router, TokenChoices, Tokens
 from t5x_like.layers.sparse_attention import SlidingWindow
 from t5x_like.training.flops import matmul_peak
@@ -72,7 +72,11 @@ class OneHotSwitch(SparseMlp):
         places = jax.nn.one_hot(slots.slot[:, 0], self.expert.num_experts * capacity, dtype=x.dtype)
         places = places.reshape(*places.shape[:2], -1, capacity)
         sent = jnp.einsum("gsec,gsm->egcm", places, x)
-        y = self.expert(sent, functools.partial(jnp.einsum, "egci,eio->egco"), (None, None, None, None))
+
+        def multiply(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+            return product("egci,eio->egco", rows, kernel).astype(rows.dtype)
+
+        y = self.expert(sent, multiply, (None, None, None, None))
         returned = jnp.einsum("gsec,egcm->gsm", places * slots.gates[:, 0, :, None, None].astype(x.dtype), y)
         return returned, slots.kept, slots.dropped
 

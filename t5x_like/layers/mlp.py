@@ -31,6 +31,11 @@ def check_activations(owner: str, activations: tuple[str, ...]) -> None:
             raise UserError(f"{owner}.activations: {name!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
+def input_names(activations: tuple[str, ...]) -> list[str]:
+    """T5X's names of the matrices in front of the activations."""
+    return ["wi"] if len(activations) == 1 else [f"wi_{i}" for i in range(len(activations))]
+
+
 @functools.partial(jax.checkpoint, static_argnums=0)
 def gated(activations: tuple[str, ...], branches: Sequence[Float[Array, "..."]]) -> Float[Array, "..."]:
     """The product of activations. Only `branches` are kept for the backward pass, which computes the rest again."""
@@ -69,7 +74,7 @@ class MlpBlock(nn.Module):
         self, x: Float[Array, "batch length embed"], tokens: Tokens | None = None
     ) -> Float[Array, "batch length embed"]:
         """Maps every position by itself, whatever its token."""
-        names = ["wi"] if len(self.activations) == 1 else [f"wi_{i}" for i in range(len(self.activations))]
+        names = input_names(self.activations)
         branches = [self._linear(name, self.mlp_dim, ("embed", "mlp"), None)(x) for name in names]
         hidden = gated(self.activations, branches)
         hidden = constrain(Dropout(self.dropout_rate)(hidden), "batch", "length", "mlp")

@@ -1,7 +1,5 @@
 """The sparse feed-forward block: many experts, each token in a few. G S E C K as in `routing`, M embed, H mlp."""
 
-import functools
-import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,8 +9,9 @@ import jax.numpy as jnp
 
 from t5x_like.errors import UserError
 from t5x_like.layers.dropout import Dropout
-from t5x_like.layers.mlp import ACTIVATIONS, check_activations
+from t5x_like.layers.mlp import check_activations, gated, input_names
 from t5x_like.layers.parameters import parameter
+from t5x_like.layers.products import product
 from t5x_like.layers.routing import Capacity, CapacityFactor, ExpertSlots, Router, TokenChoices, Tokens, take_rows
 from t5x_like.sharding import constrain, per_shard, ways
 from t5x_like.typing import Array, Float, Int, Scalar
@@ -70,29 +69,27 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "... M"], product: Callable[[Array, Array], Array], hidden_axes: tuple[str | None, ...]
+        self, x: Float[Array, "... M"], multiply: Callable[[Array, Array], Array], hidden_axes: tuple[str | None, ...]
     ) -> Float[Array, "... M"]:
         """Applies to every token the expert that it stands with.
 
         Args:
-          x: tokens, in an order that `product` understands.
-          product: multiplies tokens with the matrices of their experts, [E, in, out].
+          x: tokens, in an order that `multiply` understands.
+          multiply: tokens by the matrices of their experts, float32 [E, in, out], to the tokens' dtype.
           hidden_axes: logical axes of the hidden activations.
         """
         x = x.astype(self.dtype)
-        branches = []
-        for i, activation in enumerate(self.activations):
-            name = "wi" if len(self.activations) == 1 else f"wi_{i}"
-            branches.append(ACTIVATIONS[activation](product(x, self._kernel(name, x.shape[-1], self.mlp_dim))))
+        names = input_names(self.activations)
+        branches = [multiply(x, self._kernel(name, x.shape[-1], self.mlp_dim)) for name in names]
         # One mask for the slots of an expert in a group, as `MlpBlock` has for a sequence; sorted tokens have none.
         dropout = Dropout(self.dropout_rate, broadcast_dims=(-2,) if x.ndim == 4 else ())
-        hidden = dropout(functools.reduce(operator.mul, branches))
-        return product(constrain(hidden, *hidden_axes), self._kernel("wo", self.mlp_dim, x.shape[-1]))
+        hidden = dropout(gated(self.activations, branches))
+        return multiply(constrain(hidden, *hidden_axes), self._kernel("wo", self.mlp_dim, x.shape[-1]))
 
     def _kernel(self, name: str, inputs: int, outputs: int) -> Array:
         axes = ("mlp", "embed") if name == "wo" else ("embed", "mlp")
         shape = (self.num_experts, inputs, outputs)
-        return _Kernel(shape, ("experts", *axes), self.init_scale, name=name)().astype(self.dtype)
+        return _Kernel(shape, ("experts", *axes), self.init_scale, name=name)()
 
 
 class _Kernel(nn.Module):
@@ -183,8 +180,11 @@ class SparseMlp(nn.Module):
         slots = choices if isinstance(choices, ExpertSlots) else choices.slots(self.expert.num_experts, capacity)
         here, there = ("group", None, None, "embed"), ("experts", "group", "capacity", "embed")
         sent = constrain(constrain(slots.dispatch(x), *here).swapaxes(0, 1), *there)
-        product = functools.partial(jnp.einsum, "egci,eio->egco")
-        y = self.expert(sent, product, ("experts", "group", "capacity", "mlp"))
+
+        def multiply(rows: Array, kernel: Array) -> Array:
+            return product("egci,eio->egco", rows, kernel).astype(rows.dtype)
+
+        y = self.expert(sent, multiply, ("experts", "group", "capacity", "mlp"))
         returned = constrain(constrain(y, *there).swapaxes(0, 1), *here)
         return slots.combine(returned), slots.kept, slots.dropped
 
@@ -210,13 +210,13 @@ class SparseMlp(nn.Module):
         sizes = jnp.diff(starts, axis=1)
         axes = ("group", None, None)
 
-        def product(rows: Array, kernel: Array) -> Array:
+        def multiply(rows: Array, kernel: Array) -> Array:
             def ragged(rows: Array, kernel: Array, sizes: Array) -> Array:
                 return jax.lax.ragged_dot(rows[0], kernel, sizes[0])[None]
 
-            return per_shard(ragged, (axes, (None, None, None), axes[:2]), axes)(rows, kernel, sizes)
+            return per_shard(ragged, (axes, (None, None, None), axes[:2]), axes)(rows, kernel.astype(rows.dtype), sizes)
 
-        y = self.expert(take_rows(tokens, token, place), product, axes)
+        y = self.expert(take_rows(tokens, token, place), multiply, axes)
         rows = take_rows(y, place.reshape(shards, -1), jnp.where(sent, order, order.shape[1])[:, None])
         rows = rows.reshape(*experts.shape, -1)
         gated = (rows * gates[..., None].astype(rows.dtype)).sum(axis=1)

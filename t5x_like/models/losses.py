@@ -100,8 +100,14 @@ def loss_and_metrics(
 
 def _sums(logits: Array, targets: Array, weights: Array, regularisers: tuple[float, float]) -> _Sums:
     tokens = cross_entropy(logits, targets, *regularisers)
-    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-    return _Sums(*((each * weights).sum() for each in (*tokens, correct)))
+    return _Sums(*((each * weights).sum() for each in (*tokens, _is_likeliest(logits, targets))))
+
+
+def _is_likeliest(logits: Array, targets: Array) -> Array:
+    """1 where the target is `argmax` of the logits, the first of equals; the reduction vectorises, as argmax's does not."""
+    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    later = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,)) >= targets[..., None]
+    return ((logits < of_target) | ((logits == of_target) & later)).all(axis=-1).astype(jnp.float32)
 
 
 # ---- The same by parts: logits and their gradient never exist as a whole ----

@@ -115,6 +115,15 @@ def test_refuses_impossible_smoothing(label_smoothing: float) -> None:
         cross_entropy(jnp.zeros((1, 2)), jnp.array([0]), label_smoothing)
 
 
+def test_accuracy_is_that_of_argmax_among_equals_too() -> None:
+    logits = np.random.default_rng(4).integers(0, 4, (6, 50, 7)).astype(np.float32)
+    logits[0, 0] = np.nan
+    targets = np.random.default_rng(5).integers(0, 7, (6, 50))
+    sums = loss_and_metrics(jnp.asarray(logits), jnp.asarray(targets), jnp.ones((6, 50)))
+    expected = (logits.argmax(-1) == targets)[np.isfinite(logits).all(-1)].sum()
+    assert 20 < expected == float(sums.metrics["accuracy"].total)
+
+
 # ---- The loss by parts, from logits that are not multiplied out ----
 
 
