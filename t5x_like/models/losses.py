@@ -104,7 +104,7 @@ def _sums(logits: Array, targets: Array, weights: Array, regularisers: tuple[flo
 
 
 def _is_likeliest(logits: Array, targets: Array) -> Array:
-    """1 where the target is `argmax` of the logits, the first of equals; the reduction vectorises, as argmax's does not."""
+    """1 where the target is `argmax` of the logits, the first of equals; its reduction vectorises, argmax does not."""
     of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
     later = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,)) >= targets[..., None]
     return ((logits < of_target) | ((logits == of_target) & later)).all(axis=-1).astype(jnp.float32)
