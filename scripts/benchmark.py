@@ -22,7 +22,7 @@ import jax
 from benchmarks import decode, layers, peers, start, steps, suite
 
 import t5x_like
-from t5x_like.cli import keep_freed_memory
+from t5x_like.cli import collect_garbage_rarely, keep_freed_memory
 from t5x_like.decoding.beam import BeamSearch
 from t5x_like.decoding.greedy import Greedy
 from t5x_like.errors import RunFailed, UserError
@@ -94,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(json.dumps(line), flush=True)
             return 0
         if argv is None:
-            keep_freed_memory()  # as the command line does
+            keep_freed_memory()  # both as the command line does
+            collect_garbage_rarely()
         print(json.dumps(run_case(arguments.case, arguments.dtype, arguments.steps or 5, options)))
     except (UserError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -137,7 +137,7 @@ class MultiHeadAttention(nn.Module):
         query = self._project("query", x, self.init_scale if self.scaled else self.init_scale / self.head_dim)
         if self.scaled:
             query *= self.head_dim**-0.5
-        attend = self.attend
+        attend = DotProduct() if self.is_initializing() else self.attend  # parameters are the same, traced sooner
         if position is None:
             source = x if context is None else context
             key, value = self._project("key", source), self._project("value", source)

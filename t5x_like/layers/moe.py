@@ -1,11 +1,13 @@
 """The sparse feed-forward block: many experts, each token in a few. G S E C K as in `routing`, M embed, H mlp."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Initializer
 
 from t5x_like.errors import UserError
 from t5x_like.layers.dropout import Dropout
@@ -92,6 +94,11 @@ class Experts(nn.Module):
         return _Kernel(shape, ("experts", *axes), self.init_scale, name=name)()
 
 
+@functools.cache  # equal initialisers are drawn from by one program
+def _truncated_normal(scale: float) -> Initializer:
+    return nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal", batch_axis=0)
+
+
 class _Kernel(nn.Module):
     """One matrix per expert under T5X's name, `wi/kernel`."""
 
@@ -101,8 +108,7 @@ class _Kernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> Array:
-        init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal", batch_axis=0)
-        return parameter(self, "kernel", init, self.axes, self.shape)
+        return parameter(self, "kernel", _truncated_normal(self.init_scale), self.axes, self.shape)
 
 
 class SparseMlp(nn.Module):

@@ -90,6 +90,9 @@ def _cut(positions: Int[Array, " length"], start: Int[Array, ""] | int, size: in
     return jax.lax.dynamic_slice_in_dim(positions, start, size)
 
 
+GLOROT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+
+
 class RelativePositionBias(nn.Module):
     """A learned number per head and bucket, added to attention logits.
 
@@ -108,7 +111,6 @@ class RelativePositionBias(nn.Module):
     @nn.compact
     def __call__(self, query_positions: Int[Array, " q_len"], key_positions: Int[Array, " k_len"]) -> BucketBias:
         """The bias between positions; only differences count, so packed rows may use their plain column numbers."""
-        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-        table = parameter(self, "rel_embedding", init, ("heads", None), (self.num_heads, self.num_buckets))
+        table = parameter(self, "rel_embedding", GLOROT, ("heads", None), (self.num_heads, self.num_buckets))
         buckets = (self.bidirectional, self.num_buckets, self.max_distance)
         return BucketBias(table, query_positions, key_positions, *buckets)

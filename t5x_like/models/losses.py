@@ -112,7 +112,7 @@ def _is_likeliest(logits: Array, targets: Array) -> Array:
 
 # ---- The same by parts: logits and their gradient never exist as a whole ----
 
-PART_BYTES = 2**25
+PART_BYTES = 2**26
 """The logits of a part, in float32, take about so much of each device."""
 
 

@@ -137,7 +137,7 @@ def lazy(rng: np.random.Generator, transposed: bool, bias: bool) -> tuple[LazyLo
 
 
 @pytest.mark.parametrize(("transposed", "bias"), [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("part_bytes", [1, 4 * 4 * 11 * 3, 2**25])  # one column a part; three; everything
+@pytest.mark.parametrize("part_bytes", [1, 4 * 4 * 11 * 3, 2**26])  # one column a part; three; everything
 def test_by_parts_agrees_with_the_whole(
     monkeypatch: pytest.MonkeyPatch, transposed: bool, bias: bool, part_bytes: int
 ) -> None:
