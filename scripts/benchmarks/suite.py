@@ -25,7 +25,7 @@ class Entry(NamedTuple):
 FLOAT32 = ("float32",)
 
 SUITE = {
-    "train_t5_small": Entry(("float32", "bfloat16"), 2, "t5_train_adafactor"),
+    "train_t5_small": Entry(("float32", "bfloat16"), 3, "t5_train_adafactor"),
     "decode_greedy": Entry(FLOAT32, 2, "t5_greedy"),
     "decode_beam4": Entry(FLOAT32, 2, "t5_beam4"),
     "train_gpt2_124m": Entry(FLOAT32, 2, "gpt2_train"),
