@@ -22,7 +22,7 @@ import jax
 from benchmarks import decode, layers, peers, start, steps, suite
 
 import t5x_like
-from t5x_like.cli import collect_garbage_rarely, keep_freed_memory
+from t5x_like.cli import collect_garbage_rarely, compilation_cache, keep_freed_memory
 from t5x_like.decoding.beam import BeamSearch
 from t5x_like.decoding.greedy import Greedy
 from t5x_like.errors import RunFailed, UserError
@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run the case and the peer's in turns, each in a process of its own: one line with all seconds, both "
         "medians, and `ratio`, ours over theirs (of tokens per second in decoding); the peer's products are float32. "
-        f"What ours compile is kept in {peers.cache_folder()}",
+        f"What ours compile is kept in {compilation_cache()}",
     )
     beside.add_argument("--peer", type=Path, metavar="PATH", help="the peer's script")
     beside.add_argument("--peer_python", default=sys.executable, metavar="PATH", help="what runs it (default: this)")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from t5x_like.cli import compilation_cache
 from t5x_like.errors import RunFailed, UserError
 
 BENCHMARK = Path(__file__).parent.parent / "benchmark.py"
@@ -46,14 +47,9 @@ class Peer(NamedTuple):
 
 def our_turn(case: str, dtype: str, steps: int, cached: bool) -> Line:
     """Runs a case in a process of its own; `cached` keeps what is compiled, so that only the first turn compiles."""
-    environment = {**({"JAX_COMPILATION_CACHE_DIR": str(cache_folder())} if cached else {}), **os.environ}
+    environment = {**({"JAX_COMPILATION_CACHE_DIR": compilation_cache()} if cached else {}), **os.environ}
     options = {"case": case, "dtype": dtype, "steps": steps}
     return _last_line([sys.executable, str(BENCHMARK), *_arguments(options)], environment)
-
-
-def cache_folder() -> Path:
-    """Where turns keep what they compile, unless JAX_COMPILATION_CACHE_DIR says where."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t5x_like" / "compiled"
 
 
 def compare(case: str, dtypes: Sequence[str], peer: Peer, peer_case: str, rounds: int, steps: int) -> Iterator[Line]:

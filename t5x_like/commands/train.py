@@ -76,7 +76,6 @@ def train(
     batch_sharding = partitioner.sharding("batch")
     check_divisible({name: x.shape for name, x in batch.items()}, dict.fromkeys(batch, batch_sharding))
     shardings = train_state.state_shardings(model, trainer.optimizer, batch, partitioner)
-
     like = train_state.abstract(model, trainer.optimizer, batch, shardings)
 
     with Checkpoints(Path(model_dir) / "checkpoints", checkpoints) as saved, ThreadPoolExecutor(1) as background:

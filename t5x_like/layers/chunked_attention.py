@@ -8,6 +8,7 @@ blocks of queries and of keys, and `size` says how many queries and keys a block
 mixed, so that a mesh may split them.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
@@ -105,7 +106,7 @@ def _padded(mask: Mask | None, shape: tuple[int, int, int], more: Size) -> Mask 
 
 
 @dataclasses.dataclass(frozen=True)
-class _BlockBias:
+class _BlockBias(abc.ABC):
     """A bias by blocks. One is made of a window of `array`, and its gradient goes to the same window."""
 
     array: PyTree
@@ -123,13 +124,13 @@ class _BlockBias:
         window += pull(gradient)[0]
         return dataclasses.replace(self, array=jax.lax.dynamic_update_slice(self.array, window, start))
 
+    @abc.abstractmethod
     def _window(self, i: Index, j: Index, size: Size) -> tuple[tuple[Index | int, ...], tuple[int, ...]]:
         """Where the window starts, and its shape."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _written_out(self, window: Array, size: Size) -> Logits:
         """The block that a window stands for: linear in it."""
-        raise NotImplementedError
 
 
 @jax.tree_util.register_dataclass

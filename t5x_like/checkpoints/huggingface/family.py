@@ -1,5 +1,6 @@
 """What a family of networks says of itself, so that its folders can be read and written."""
 
+import abc
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal, TypeAlias, TypeVar
@@ -42,7 +43,7 @@ def activation_of(ours: tuple[str, ...]) -> Activation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class Family(abc.ABC):
     """A kind of network, as `config.json` describes it: a field for each entry that decides what is computed.
 
     A family of its own is a subclass with these fields, `model` and `modules`, and whatever else of this is not so
@@ -86,13 +87,13 @@ class Family:
         """The inverse of `unpacked`."""
         return tensors
 
+    @abc.abstractmethod
     def model(self, dtype: str) -> AnyModel:
         """The model, its layers in a loop."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def modules(self) -> Modules:
         """Names of the network's modules; see `tensors`."""
-        raise NotImplementedError
 
     @classmethod
     def kind(cls, network: object) -> str:
