@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import pkgutil
 import platform
 import re
 import sys
@@ -12,31 +13,11 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import t5x_like
 from t5x_like.errors import RunFailed, UserError, nearest
-
-
-class Verb(NamedTuple):
-    """A command: the function of the verb's name in `module`.
-
-    Attributes:
-      module: where it is; imported when the verb runs.
-      help: one line.
-      run_file: what it needs beside the `config.gin` of a run that is given by its folder alone.
-    """
-
-    module: str
-    help: str
-    run_file: str | None = None
-
-
-VERBS = {
-    "train": Verb("t5x_like.commands.train", "train a model, or go on where a run stopped"),
-    "evaluate": Verb("t5x_like.commands.evaluate", "score checkpoints of a run on its tasks", "runs/evaluate.gin"),
-    "infer": Verb("t5x_like.commands.infer", "write a model's predictions for a task or a file", "runs/infer.gin"),
-}
+from t5x_like.verbs import VERBS, Verb
 
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "GRPC_VERBOSITY": "ERROR"}
 """What keeps TensorFlow, which only reads data here, from talking about processors; the user's own settings win."""
@@ -111,25 +92,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> None:
-    verb, options, bindings = _parse(argv)
-    files = options.gin_file or _files_of_run(verb, bindings)
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    if options.allow_import:
+    name, options, bindings = _parse(argv)
+    verb = VERBS[name]
+    files = options.pop("gin_file") or _files_of_run(name, bindings)
+    search_paths = [path for paths in options.pop("gin_search_paths") for path in paths.split(",") if path]
+    allow_imports = options.pop("allow_import")
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    if allow_imports:
         sys.path.append(os.getcwd())  # as `python -m` does, so that a user's own modules are found either way
+    others = [f"{known.module}.{other}" for other, known in VERBS.items() if not known.on_recipe]
+
+    if verb.on_recipe:
+        with _without(TENSORFLOW_NOISE):
+            command = pkgutil.resolve_name(f"{verb.module}.{name}")
+            from t5x_like.commands.recipe import Recipe
+        command(Recipe(files, bindings, search_paths, allow_imports, others), **options)
+        return
 
     from t5x_like import gin_config
 
     with _without(TENSORFLOW_NOISE):
-        config = gin_config.load(
-            f"{VERBS[verb].module}.{verb}",
-            files,
-            bindings,
-            search_paths=[path for paths in options.gin_search_paths for path in paths.split(",") if path],
-            allow_imports=options.allow_import,
-            roots=[f"{known.module}.{name}" for name, known in VERBS.items()],
-        )
-    gin_config.run(config, **({"dry_run": True} if options.dry_run else {}))
+        config = gin_config.load(f"{verb.module}.{name}", files, bindings, search_paths, allow_imports, others)
+    gin_config.run(config, **options)
 
 
 @contextlib.contextmanager
@@ -153,8 +138,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def _parse(argv: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
-    """The verb, its options, and gin bindings without `--gin.` before them."""
+def _parse(argv: list[str]) -> tuple[str, dict[str, Any], list[str]]:
+    """The verb, its options by name, and gin bindings without `--gin.` before them."""
     parser = _Parser(
         "t5x_like",
         description="Trains and runs T5, Switch Transformers and their relatives.",
@@ -163,7 +148,7 @@ def _parse(argv: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
     )
     parser.add_argument("--version", action="version", version=f"t5x_like {t5x_like.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    parsers = {name: _add_verb(verbs, name, verb.help) for name, verb in VERBS.items()}
+    parsers = {name: _add_verb(verbs, name, verb) for name, verb in VERBS.items()}
 
     bindings = [argument.removeprefix("--gin.") for argument in argv if argument.startswith("--gin.")]
     others = [argument for argument in argv if not argument.startswith("--gin.")]
@@ -178,14 +163,15 @@ def _parse(argv: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
         known = [option for action in parsers[options.verb]._actions for option in action.option_strings]
         name = unknown[0].partition("=")[0]
         raise UserError(f"{options.verb} does not know {name!r}.{nearest(name, [*known, '--gin.NAME'])}")
-    return options.verb, options, bindings
+    by_name = vars(options)
+    return by_name.pop("verb"), by_name, bindings
 
 
-def _add_verb(verbs: "argparse._SubParsersAction[_Parser]", name: str, summary: str) -> argparse.ArgumentParser:
+def _add_verb(verbs: "argparse._SubParsersAction[_Parser]", name: str, verb: Verb) -> argparse.ArgumentParser:
     parser = verbs.add_parser(
         name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
+        help=verb.help,
+        description=f"{verb.help[0].upper()}{verb.help[1:]}.",
         usage=f"t5x_like {name} --gin_file=FILE ... [--gin.NAME=value ...] [options]",
         epilog="--gin.MODEL_DIR=FOLDER of a finished run is enough: its config.gin then says the rest.",
         allow_abbrev=False,
@@ -194,13 +180,13 @@ def _add_verb(verbs: "argparse._SubParsersAction[_Parser]", name: str, summary: 
     add("--gin_file", action="append", default=[], metavar="FILE", help="repeatable; later files override earlier")
     add(
         "--gin.NAME",
-        dest="unused",
+        default=argparse.SUPPRESS,
         metavar="VALUE",
         help="a macro (--gin.TRAIN_STEPS=1000) or a parameter (--gin.trainer.Trainer.seed=3); text needs no quotes",
     )
     add("--gin_search_paths", action="append", default=[], metavar="FOLDERS", help="repeatable, or with commas")
     add("--allow_import", action="append", default=[], metavar="PACKAGE", help="one more that gin files may import")
-    parser.add_argument("--dry_run", action="store_true", help="say what would be done, and do nothing")
+    verb.options(parser)
     return parser
 
 

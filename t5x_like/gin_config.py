@@ -1,3 +1,4 @@
+# long because reading, checking and building share one vocabulary; a file of each would import the others
 """Gin files without surprises: every mistake is a `UserError` with file:line and the nearest right name.
 
 The language is plain gin's, read by gin's own parser, and means what it means to plain gin (the tests compare them).
@@ -160,18 +161,24 @@ def load(
 _running: contextvars.ContextVar[LoadedConfig | None] = contextvars.ContextVar("running", default=None)
 
 
-def run(config: LoadedConfig, **arguments: object) -> object:
+def run(config: LoadedConfig, instead: Callable[..., object] | None = None, **arguments: object) -> object:
     """Builds what the parameters of the command are bound to, overridden by `arguments`, and calls it.
+
+    Args:
+      config: what `load` made.
+      instead: called with those of the command's parameters that it has too; only they are built.
+      arguments: by parameter.
 
     Raises:
       UserError: a required parameter is not bound, or a constructor refused what it was given.
     """
     command = _follow(config, [config.command])[-1]
-    _check_complete(command, command.arguments | arguments)
-    built = {name: _map(_build, v) for name, v in command.arguments.items() if name not in arguments}
+    target, takes = instead or command.target, _parameters(instead or command.target)
+    bound = {n: v for n, v in command.arguments.items() if n not in arguments and (not instead or n in takes)}
+    _check_complete(dataclasses.replace(command, target=target), bound | arguments)
     token = _running.set(config)
     try:
-        return command.target(**built, **arguments)
+        return target(**{name: _map(_build, value) for name, value in bound.items()}, **arguments)
     finally:
         _running.reset(token)
 

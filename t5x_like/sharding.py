@@ -70,6 +70,24 @@ def fsdp_rules() -> ShardingRules:
     return ShardingRules(embed="data")
 
 
+_target: contextvars.ContextVar[tuple[jax.Device, ...]] = contextvars.ContextVar("target", default=())
+
+
+@contextlib.contextmanager
+def building_for(devices: Sequence[jax.Device]) -> Iterator[None]:
+    """Within it, meshes and layers are made for `devices`, which may not be there: a program is compiled, never run."""
+    token = _target.set(tuple(devices))
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def target_devices() -> tuple[jax.Device, ...]:
+    """Those that work is built for: every device of every process, unless `building_for` says otherwise."""
+    return _target.get() or tuple(jax.devices())
+
+
 def make_mesh(
     replica: int = 1,
     data: int = -1,
@@ -84,12 +102,12 @@ def make_mesh(
       data: batch, and parameters where FSDP is on.
       expert: experts of sparse layers (and batch).
       model: heads, mlp and vocabulary.
-      devices: defaults to every device of every process.
+      devices: defaults to `target_devices`.
 
     Raises:
       UserError: the axes do not multiply up to the number of devices.
     """
-    devices = list(jax.devices()) if devices is None else list(devices)
+    devices = list(target_devices() if devices is None else devices)
     sizes = dict(zip(MESH_AXES, (replica, data, expert, model), strict=True))
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     free = [name for name, size in sizes.items() if size == -1]

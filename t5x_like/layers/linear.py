@@ -12,12 +12,13 @@ from jax.typing import DTypeLike
 from t5x_like.layers.logits import LazyLogits
 from t5x_like.layers.parameters import parameter
 from t5x_like.layers.products import product
+from t5x_like.sharding import target_devices
 from t5x_like.typing import Array, Float, PRNGKey
 
 
 def default_dtype() -> str:
     """`bfloat16` where the hardware multiplies it (TPU, GPU), `float32` on a CPU: one gin file for all of them."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if target_devices()[0].platform == "cpu" else "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
