@@ -7,11 +7,13 @@ splits each name; nothing else in the library knows a mesh axis by name.
 import contextlib
 import contextvars
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from t5x_like.errors import UserError
 from t5x_like.typing import Array, PyTree
@@ -29,12 +31,15 @@ def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
 class ShardingRules:
     """Which mesh axes split each logical axis; None replicates it. One field per word of the vocabulary.
 
-    A mesh axis splits an array at most once: the first dimension that asks for it gets it. So `embed="data"` shards
-    parameters over `data` (FSDP) and leaves activations `[batch, length, embed]` alone, whose batch has taken `data`.
+    A mesh axis splits an array at most once: the first dimension that asks for it gets it, and `length` what is left.
+    So `embed="data"` shards parameters over `data` (FSDP) and leaves activations `[batch, length, embed]` alone, whose
+    batch has taken `data`; and `length="model"` shards the residual stream between tensor-parallel blocks, within which
+    heads or mlp take `model` (sequence parallelism; Korthikanti et al. 2022, section 4.2.2).
+    Context parallelism, for inputs too long for one device: `batch=("replica", "expert"), length=("data", "model")`.
     """
 
     batch: MeshAxes = ("replica", "data", "expert")
-    length: MeshAxes = None
+    length: MeshAxes = "model"
     embed: MeshAxes = None
     heads: MeshAxes = "model"
     head_dim: MeshAxes = None
@@ -53,15 +58,15 @@ class ShardingRules:
                         f"ShardingRules.{field.name}: {name!r} is no mesh axis; use {', '.join(MESH_AXES)} or None"
                     )
 
-    def spec(self, axes: LogicalAxes, mesh: Mesh) -> PartitionSpec:
+    def spec(self, axes: LogicalAxes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
         """The partition of an array whose dimensions are named `axes` (None: replicated); axes of 1 are left out."""
         used: set[str] = set()
-        parts: list[MeshAxes] = []
-        for axis in axes:
+        parts: list[MeshAxes] = [None] * len(axes)
+        for dim, axis in sorted(enumerate(axes), key=lambda item: item[1] == "length"):
             wanted = _as_tuple(getattr(self, axis)) if axis else ()
             free = tuple(name for name in wanted if name not in used and mesh.shape.get(name, 1) > 1)
             used.update(free)
-            parts.append(free[0] if len(free) == 1 else free or None)
+            parts[dim] = free[0] if len(free) == 1 else free or None
         return PartitionSpec(*parts)
 
 
@@ -166,7 +171,11 @@ class Partitioner:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Tells the compiler how an activation whose dimensions are named `axes` is split; the identity without a mesh."""
+    """Tells the compiler how an activation whose dimensions are named `axes` is split; the identity without a mesh.
+
+    A `length` that has fewer positions than there are devices, as in cached decoding, stays whole.
+    """
+    axes = tuple(None if axis == "length" and x.shape[dim] < ways(axis) else axis for dim, axis in enumerate(axes))
     sharding = active_sharding(*axes)
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
@@ -211,23 +220,54 @@ def per_shard(
     return jax.shard_map(function, mesh=partitioner.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def check_divisible(shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[str, NamedSharding]) -> None:
+def check_divisible(arrays: Mapping[str, tuple[tuple[int, ...], LogicalAxes]], partitioner: Partitioner) -> None:
     """Raises one `UserError` that lists every dimension which its mesh axes do not divide, before anything is compiled.
 
+    It names the nearest mesh of as many devices that divides them all.
+
     Args:
-      shapes: name -> shape.
-      shardings: name -> how it is to be split.
+      arrays: name -> shape, and the logical names of its dimensions.
+      partitioner: the mesh and its rules.
     """
-    wrong = []
-    for name, shape in shapes.items():
-        sharding = shardings[name]
-        for dim, part in enumerate(sharding.spec):
-            ways = int(np.prod([sharding.mesh.shape[axis] for axis in _as_tuple(part)]))
+    wrong = list(_undivided(arrays, partitioner.rules, partitioner.mesh))
+    if not wrong:
+        return
+    mesh, distinct = partitioner.mesh, {str(array): array for array in arrays.values()}
+    sparse = any("experts" in axes for _, axes in arrays.values())
+    fits = (
+        other
+        for other in meshes(mesh.size, mesh.shape["replica"])
+        if (sparse or other.shape["expert"] == mesh.shape["expert"])
+        and not any(_undivided(distinct, partitioner.rules, other))
+    )
+    nearest = min(fits, key=lambda other: _distance(mesh, other), default=None)
+    hint = f"no mesh of {mesh.size} devices does: change the sizes or the rules"
+    if nearest is not None:
+        hint = "the nearest that does: " + ",".join(f"{axis}={size}" for axis, size in nearest.shape.items())
+    shown = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    raise UserError(f"the mesh {shown} does not divide these arrays; {hint}\n" + "\n".join(wrong))
+
+
+def meshes(devices: int, replica: int = 1) -> Iterator[AbstractMesh]:
+    """Every mesh of so many devices with this `replica` axis, without the devices."""
+    rest = devices // replica
+    for data, expert in itertools.product(range(1, rest + 1), repeat=2):
+        if rest % (data * expert) == 0:
+            yield AbstractMesh((replica, data, expert, rest // (data * expert)), MESH_AXES)
+
+
+def _undivided(
+    arrays: Mapping[str, tuple[tuple[int, ...], LogicalAxes]], rules: ShardingRules, mesh: Mesh | AbstractMesh
+) -> Iterator[str]:
+    for name, (shape, axes) in arrays.items():
+        for dim, part in enumerate(rules.spec(axes, mesh)):
+            ways = math.prod(mesh.shape[axis] for axis in _as_tuple(part))
             if shape[dim] % ways:
-                wrong.append(
-                    f"  {name}: dimension {dim} of {shape} is split {ways} ways over {' x '.join(_as_tuple(part))}"
-                )
-    if wrong:
-        raise UserError(
-            "the mesh does not divide these arrays; change the mesh, the rules or the sizes:\n" + "\n".join(wrong)
-        )
+                over = " x ".join(_as_tuple(part))
+                yield f"  {name}: dimension {dim} ({axes[dim]}) of {shape} is split {ways} ways over {over}"
+
+
+def _distance(mesh: Mesh | AbstractMesh, other: Mesh | AbstractMesh) -> tuple[float, int]:
+    """How often axes were doubled or halved; of equals, the one that uses fewer axes is nearer."""
+    doubled = sum(abs(math.log2(size / other.shape[axis])) for axis, size in mesh.shape.items())
+    return doubled, sum(size > 1 for size in other.shape.values())

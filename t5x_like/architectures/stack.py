@@ -11,11 +11,23 @@ from t5x_like.errors import UserError
 from t5x_like.layers.moe import REPORTS
 from t5x_like.typing import Array, Float, Int, PyTree
 
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+_QKV = ("query", "key", "value")
+_PROJECTIONS = (*_QKV, "wi", "wi_0", "wi_1")
+
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {  # what they answer may say where to keep it, too
     "full": jax.checkpoint_policies.nothing_saveable,  # keep layer inputs only, compute everything again
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep what weights made, redo attention
-    "dots": jax.checkpoint_policies.dots_saveable,  # keep every product, redo what is elementwise
+    "save_qkv": jax.checkpoint_policies.save_only_these_names(*_QKV),  # redo attention and the MLP
+    "save_projections": jax.checkpoint_policies.save_only_these_names(*_PROJECTIONS),  # redo attention and its output
+    "offload_projections": jax.checkpoint_policies.save_and_offload_only_these_names(  # that, in the host's memory
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(_PROJECTIONS),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "minimal": jax.checkpoint_policies.save_any_names_but_these(),  # keep all that weights made, and what they mixed
+    "dots": jax.checkpoint_policies.dots_saveable,  # keep every product, in float32 too; redo what is elementwise
 }
+"""From the leanest to the fastest. Tensors are named by the modules that make them, see `layers.products.kept`."""
 
 
 @dataclasses.dataclass(frozen=True)

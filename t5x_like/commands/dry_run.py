@@ -10,7 +10,7 @@ from t5x_like.architectures.variables import named_axes, named_leaves
 from t5x_like.commands.run_folder import example_batch
 from t5x_like.data.loader import DatasetConfig
 from t5x_like.models.contract import Model
-from t5x_like.sharding import Partitioner, check_divisible
+from t5x_like.sharding import Partitioner
 from t5x_like.training import train_state
 from t5x_like.training.trainer import Trainer
 from t5x_like.typing import PyTree
@@ -28,7 +28,6 @@ def print_plan(config: str, model: Model, dataset: DatasetConfig, trainer: Train
     shardings = train_state.state_shardings(model, trainer.optimizer, batch, partitioner)
     state = train_state.abstract(model, trainer.optimizer, batch, shardings)
     batch_sharding = partitioner.sharding("batch")
-    check_divisible({name: x.shape for name, x in batch.items()}, dict.fromkeys(batch, batch_sharding))
 
     table = Table("parameter", "shape", "logical axes", "split over", box=None)
     axes = dict(named_axes(model.logical_axes(batch)))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from t5x_like.layers.attention import MASKED, Bias, DotProduct
 from t5x_like.layers.masks import Mask
 from t5x_like.layers.positions import BucketBias
-from t5x_like.layers.products import product
+from t5x_like.layers.products import kept, product
 from t5x_like.typing import Array, Bool, Float, Int, PyTree
 
 Query: TypeAlias = Float[Array, "batch q_len heads head_dim"]
@@ -237,7 +237,7 @@ def _forward(
 def _forward_for_gradient(
     query: Queries, key: Keys, value: Keys, bias: _BlockBias | None, mask: Mask | None
 ) -> tuple[tuple[Queries, PerQuery], tuple[PyTree, ...]]:
-    mixed, normalizer = _forward(query, key, value, bias, mask)
+    mixed, normalizer = (kept("mixed", x) for x in _forward(query, key, value, bias, mask))
     return (mixed, normalizer), (query, key, value, bias, mask, mixed, normalizer)
 
 

@@ -13,7 +13,7 @@ from t5x_like.errors import UserError
 from t5x_like.layers.dropout import Dropout
 from t5x_like.layers.mlp import check_activations, gated, input_names
 from t5x_like.layers.parameters import parameter
-from t5x_like.layers.products import product
+from t5x_like.layers.products import kept, product
 from t5x_like.layers.routing import Capacity, CapacityFactor, ExpertSlots, Router, TokenChoices, Tokens, take_rows
 from t5x_like.sharding import constrain, per_shard, ways
 from t5x_like.typing import Array, Float, Int, Scalar
@@ -82,11 +82,11 @@ class Experts(nn.Module):
         """
         x = x.astype(self.dtype)
         names = input_names(self.activations)
-        branches = [multiply(x, self._kernel(name, x.shape[-1], self.mlp_dim)) for name in names]
+        branches = [kept(name, multiply(x, self._kernel(name, x.shape[-1], self.mlp_dim))) for name in names]
         # One mask for the slots of an expert in a group, as `MlpBlock` has for a sequence; sorted tokens have none.
         dropout = Dropout(self.dropout_rate, broadcast_dims=(-2,) if x.ndim == 4 else ())
         hidden = dropout(gated(self.activations, branches))
-        return multiply(constrain(hidden, *hidden_axes), self._kernel("wo", self.mlp_dim, x.shape[-1]))
+        return kept("wo", multiply(constrain(hidden, *hidden_axes), self._kernel("wo", self.mlp_dim, x.shape[-1])))
 
     def _kernel(self, name: str, inputs: int, outputs: int) -> Array:
         axes = ("mlp", "embed") if name == "wo" else ("embed", "mlp")

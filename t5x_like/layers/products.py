@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from t5x_like.typing import Array, Float
@@ -29,13 +30,18 @@ def product(equation: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Fl
     return _narrow_product(equation, x, y)
 
 
+def kept(name: str | None, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, which rematerialisation may keep under a name: that of the module whose weights made it (`wi`, `query`)."""
+    return x if name is None else checkpoint_name(x, name)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _narrow_product(equation: str, x: Array, y: Array) -> Array:
     return _multiply(equation, x, y.astype(x.dtype))
 
 
 def _forward(equation: str, x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _narrow_product(equation, x, y), (x, y)
+    return _multiply(equation, x, y.astype(x.dtype)), (x, y)  # not a call of its own, which would hide from remat
 
 
 def _backward(equation: str, factors: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:

@@ -42,14 +42,15 @@ def state_shardings(
     """A `NamedSharding` for every leaf; what an optimiser keeps per parameter is split as that parameter is.
 
     Raises:
-      UserError: the mesh does not divide all parameters; lists those.
+      UserError: the mesh does not divide all parameters and the batch; lists what it does not.
     """
     shapes = jax.eval_shape(lambda: create(model, optimizer, batch, 0))
     axes = model.logical_axes(batch)
-    params = partitioner.tree_shardings(axes)
     parameter_shapes = {name: leaf.shape for name, leaf in named_leaves(shapes.params)}
     parameter_axes = dict(named_axes(axes))
-    check_divisible(parameter_shapes, dict(named_leaves(params)))
+    arrays = {name: (shape, parameter_axes[name]) for name, shape in parameter_shapes.items()}
+    arrays |= {name: (x.shape, ("batch",)) for name, x in batch.items()}
+    check_divisible(arrays, partitioner)
 
     def like_its_parameter(path: tuple[jax.tree_util.KeyEntry, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name = parameter_name(path)
@@ -59,7 +60,7 @@ def state_shardings(
         return sharding if _divides(sharding, leaf.shape) else partitioner.sharding()
 
     opt_state = jax.tree_util.tree_map_with_path(like_its_parameter, shapes.opt_state)
-    return TrainState(partitioner.sharding(), params, opt_state)
+    return TrainState(partitioner.sharding(), partitioner.tree_shardings(axes), opt_state)
 
 
 def abstract(model: Model, optimizer: optax.GradientTransformation, batch: Batch, shardings: TrainState) -> TrainState:

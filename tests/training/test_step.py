@@ -72,7 +72,9 @@ def test_fsdp_splits_parameters_and_optimizer_state_over_data() -> None:
 
 def test_a_mesh_that_does_not_divide_the_parameters_names_them_before_compiling() -> None:
     partitioner = Partitioner(make_mesh(data=1, model=8))
-    with pytest.raises(ValueError, match=r"encoder/layers_0/attention/query/kernel: dimension 1 of \(16, 2, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"encoder/layers_0/attention/query/kernel: dimension 1 \(heads\) of \(16, 2, 8\)"
+    ):
         train_state.state_shardings(tiny_model(), SGD, random_batch(8), partitioner)
 
 
