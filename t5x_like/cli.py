@@ -106,7 +106,7 @@ def _run(argv: list[str]) -> None:
     if verb.on_recipe:
         with _without(TENSORFLOW_NOISE):
             command = pkgutil.resolve_name(f"{verb.module}.{name}")
-            from t5x_like.commands.recipe import Recipe
+            from t5x_like.recipe import Recipe
         command(Recipe(files, bindings, search_paths, allow_imports, others), **options)
         return
 

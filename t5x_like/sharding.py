@@ -251,7 +251,8 @@ def check_divisible(arrays: Mapping[str, tuple[tuple[int, ...], LogicalAxes]], p
 def meshes(devices: int, replica: int = 1) -> Iterator[AbstractMesh]:
     """Every mesh of so many devices with this `replica` axis, without the devices."""
     rest = devices // replica
-    for data, expert in itertools.product(range(1, rest + 1), repeat=2):
+    divisors = [n for n in range(1, rest + 1) if rest % n == 0]
+    for data, expert in itertools.product(divisors, repeat=2):
         if rest % (data * expert) == 0:
             yield AbstractMesh((replica, data, expert, rest // (data * expert)), MESH_AXES)
 

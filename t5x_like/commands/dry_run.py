@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from t5x_like.architectures.variables import named_axes, named_leaves
-from t5x_like.commands.run_folder import example_batch
 from t5x_like.data.loader import DatasetConfig
 from t5x_like.models.contract import Model
+from t5x_like.recipe import example_batch
 from t5x_like.sharding import Partitioner
 from t5x_like.training import train_state
 from t5x_like.training.trainer import Trainer

@@ -7,10 +7,10 @@ import jax
 from t5x_like import gin_config
 from t5x_like.checkpoints.manager import Checkpoints
 from t5x_like.checkpoints.restore import restore_parameters
-from t5x_like.commands import run_folder
 from t5x_like.errors import UserError
 from t5x_like.models.contract import Model
 from t5x_like.models.predictor import Predictor
+from t5x_like.recipe import example_batch
 from t5x_like.sharding import Partitioner
 from t5x_like.training.evaluation import Evaluator, samples, write_rows
 from t5x_like.training.report import write_report
@@ -49,7 +49,7 @@ def evaluate(
                 f"would evaluate {[task.name for task in evaluator.tasks()]} at {steps}"
             )
             return
-        batch = run_folder.example_batch(model, evaluator.dataset, rows=1)
+        batch = example_batch(model, evaluator.dataset, rows=1)
         with SilentRunLog() if jax.process_index() else RunLog(model_dir, steps[-1], resumed_step=None) as log:
             for each in steps:
                 params = restore_parameters(checkpoints, each, model, batch, partitioner)

@@ -11,7 +11,6 @@ import seqio
 from t5x_like import gin_config
 from t5x_like.checkpoints.manager import Checkpoints
 from t5x_like.checkpoints.restore import restore_parameters
-from t5x_like.commands import run_folder
 from t5x_like.commands.evaluate import choose_steps
 from t5x_like.data import text_files
 from t5x_like.data.loader import DatasetConfig, EvalBatch, eval_batches, weighted_tasks
@@ -20,6 +19,7 @@ from t5x_like.decoding.greedy import Greedy
 from t5x_like.errors import UserError
 from t5x_like.models.contract import Model
 from t5x_like.models.predictor import Predictor
+from t5x_like.recipe import example_batch
 from t5x_like.sharding import Partitioner
 from t5x_like.training.evaluation import example_text
 
@@ -77,7 +77,7 @@ def infer(
         if dry_run:
             print(f"{gin_config.operative_config()}\nwould write {path}")
             return
-        params = restore_parameters(checkpoints, step, model, run_folder.example_batch(model, dataset, 1), partitioner)
+        params = restore_parameters(checkpoints, step, model, example_batch(model, dataset, 1), partitioner)
     predictor = Predictor(model, partitioner)
     parts = []
     for number, (task, batch) in enumerate(_batches(tasks, dataset, model)):

@@ -5,10 +5,7 @@ from pathlib import Path
 
 import jax
 
-from t5x_like.data.loader import DatasetConfig
 from t5x_like.errors import UserError
-from t5x_like.models.contract import Model
-from t5x_like.typing import Batch
 
 MAY_CHANGE = (
     r"train\.train\.(?!model$|dataset$|trainer$|restore$)\w+",  # where, when and how often; not what
@@ -53,11 +50,6 @@ def write_config(model_dir: str | Path, config: str) -> None:
     path = Path(model_dir) / "config.gin"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(config)
-
-
-def example_batch(model: Model, dataset: DatasetConfig, rows: int) -> Batch:
-    """An empty batch of the right shapes: what parameters are initialised from and programs are traced with."""
-    return model.converter.convert([[]] * rows, dataset.task_feature_lengths, dataset.pack)
 
 
 def matmul_devices() -> int:

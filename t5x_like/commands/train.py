@@ -17,6 +17,7 @@ from t5x_like.data.loader import DatasetConfig, TrainLoader
 from t5x_like.layers.linear import default_dtype
 from t5x_like.models.contract import Model
 from t5x_like.models.predictor import Predictor
+from t5x_like.recipe import example_batch
 from t5x_like.sharding import Partitioner
 from t5x_like.training import train_state
 from t5x_like.training.evaluation import EarlyStopping, Evaluator, samples, write_rows
@@ -72,7 +73,7 @@ def train(
         return
     run_folder.check_config(model_dir, config)
     loader = TrainLoader(dataset, model.converter, jax.process_index(), jax.process_count())
-    batch = run_folder.example_batch(model, dataset, dataset.batch_size)
+    batch = example_batch(model, dataset, dataset.batch_size)
     batch_sharding = partitioner.sharding("batch")
     shardings = train_state.state_shardings(model, trainer.optimizer, batch, partitioner)
     like = train_state.abstract(model, trainer.optimizer, batch, shardings)

@@ -8,6 +8,7 @@ from t5x_like.data.loader import DatasetConfig
 from t5x_like.models.contract import Model
 from t5x_like.sharding import Partitioner
 from t5x_like.training.trainer import Trainer
+from t5x_like.typing import Batch
 
 TRAIN = "t5x_like.commands.train.train"
 
@@ -62,8 +63,18 @@ class Recipe:
         assert isinstance(experiment, Experiment)
         return experiment
 
+    def binds(self, parameter: str) -> bool:
+        """Whether the files or bindings give `train` this argument."""
+        config = self.load()
+        return parameter in config.bound(config.command)
+
     def arguments(self, *bindings: str) -> list[str]:
         """What stands behind `t5x_like VERB` on a command line; `bindings` override."""
         options = {"gin_file": self.files, "gin_search_paths": self.search_paths, "allow_import": self.allow_imports}
         given = [f"--{name}={value}" for name, values in options.items() for value in values]
         return [*given, *(f"--gin.{binding}" for binding in (*self.bindings, *bindings))]
+
+
+def example_batch(model: Model, dataset: DatasetConfig, rows: int) -> Batch:
+    """An empty batch of the right shapes: what parameters are initialised from and programs are traced with."""
+    return model.converter.convert([[]] * rows, dataset.task_feature_lengths, dataset.pack)

@@ -1,0 +1,1 @@
+"""What a training job takes before it runs: programs compiled for devices that are not there, and what they cost."""
