@@ -201,23 +201,51 @@ def ways(axis: str) -> int:
     return int(np.prod([partitioner.mesh.shape[name] for name in _as_tuple(getattr(partitioner.rules, axis))]))
 
 
-def per_shard(
-    function: Callable[..., Array], in_axes: Sequence[LogicalAxes], out_axes: LogicalAxes
-) -> Callable[..., Array]:
+Split = LogicalAxes | PartitionSpec
+
+
+def per_shard(function: Callable[..., Array], in_axes: Sequence[PyTree], out_axes: Split) -> Callable[..., Array]:
     """`function` applied by every device to its own part of the arguments; to the whole of them without a mesh.
 
     Args:
-      function: from arrays to an array, for what the compiler cannot split by itself.
-      in_axes: logical axes of every argument; what they leave whole is gathered.
-      out_axes: logical axes of the result.
+      function: from trees of arrays to an array, for what the compiler cannot split by itself.
+      in_axes: of every argument, in trees like them, logical axes or which mesh axes split it; what they leave whole is
+        gathered.
+      out_axes: of the result.
     """
     partitioner = _active.get()
     if partitioner is None or partitioner.mesh.size == 1:
         return function
-    in_specs = tuple(partitioner.sharding(*axes).spec for axes in in_axes)
-    out_specs = partitioner.sharding(*out_axes).spec
+
+    def on_one_device(*arguments: PyTree) -> Array:
+        token = _active.set(None)  # nothing is left to split
+        try:
+            return function(*arguments)
+        finally:
+            _active.reset(token)
+
+    def spec(split: Split) -> PartitionSpec:
+        return split if isinstance(split, PartitionSpec) else partitioner.sharding(*split).spec
+
+    specs = jax.tree.map(spec, tuple(in_axes), is_leaf=_is_split)
     # Unchecked, since JAX's TPU kernels do not say over which axes their results vary.
-    return jax.shard_map(function, mesh=partitioner.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(
+        on_one_device, mesh=partitioner.mesh, in_specs=specs, out_specs=spec(out_axes), check_vma=False
+    )
+
+
+def _is_split(x: object) -> bool:
+    axes = isinstance(x, tuple) and all(isinstance(axis, str | None) for axis in x)
+    return axes or isinstance(x, PartitionSpec)
+
+
+def divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    """Whether all devices get equal parts of an array."""
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return False
+    return True
 
 
 def check_divisible(arrays: Mapping[str, tuple[tuple[int, ...], LogicalAxes]], partitioner: Partitioner) -> None:

@@ -65,6 +65,17 @@ class Instruction:
     attributes: str
     root: bool
 
+    @property
+    def value(self) -> int:
+        """Of a constant; 0 of one that is no whole number."""
+        text = self.attributes.partition(")")[0]
+        return int(text) if text.isdigit() else 0
+
+    @property
+    def index(self) -> int:
+        """Which element a `get-tuple-element` gets."""
+        return int(self.attributes.partition("index=")[2].partition(",")[0])
+
     @functools.cached_property
     def called(self) -> dict[str, str]:
         """Computations by what they are to it: `body`, `condition`, `calls` ..."""
@@ -103,16 +114,23 @@ class Program:
                     yield from self.executed(inner, times)
 
     def trips(self, loop: Instruction) -> int:
-        """How often a counted loop runs: the constant that its counter, which starts at 0, is compared with."""
+        """How often a counted loop runs: how many steps its counter, which starts at 0, takes to its bound."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
-        condition = self.computations[loop.called["condition"]]
-        bounds = [
-            int(instruction.attributes.partition(")")[0])
-            for instruction in condition.values()
-            if instruction.opcode == "constant" and instruction.attributes.partition(")")[0].isdigit()
-        ]
-        return max(bounds, default=1)
+        condition, body = (self.computations[loop.called[name]] for name in ("condition", "body"))
+        bound = max((each.value for each in condition.values() if each.opcode == "constant"), default=1)
+        counters = [each for each in condition.values() if each.opcode == "get-tuple-element"]
+        return -(-bound // (self._step(body, counters[0].index) if len(counters) == 1 else 1))
+
+    def _step(self, body: Computation, index: int) -> int:
+        """What a body adds to an element of the tuple that it is given."""
+        root = next(each for each in body.values() if each.root)
+        step, each = 0, body[root.operands[index]]
+        while each.opcode in ("add", "copy"):
+            terms = [body[name] for name in each.operands]
+            step += sum(term.value for term in terms if term.opcode == "constant")
+            each = next((term for term in terms if term.opcode != "constant"), root)
+        return step or 1
 
 
 def parse(text: str) -> Program:

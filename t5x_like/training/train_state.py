@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from t5x_like.architectures.variables import named_axes, named_leaves, parameter_name
 from t5x_like.models.contract import Model
-from t5x_like.sharding import LogicalAxes, Partitioner, check_divisible
+from t5x_like.sharding import LogicalAxes, Partitioner, check_divisible, divides
 from t5x_like.training.drawing import drawn
 from t5x_like.typing import Batch, Params, PyTree
 
@@ -57,7 +57,7 @@ def state_shardings(
         owner = max((n for n in parameter_shapes if f"/{name}".endswith(f"/{n}")), key=len, default=None)
         names = _inherited_axes(leaf.shape, parameter_shapes[owner], parameter_axes[owner]) if owner else ()
         sharding = partitioner.sharding(*names)
-        return sharding if _divides(sharding, leaf.shape) else partitioner.sharding()
+        return sharding if divides(sharding, leaf.shape) else partitioner.sharding()
 
     opt_state = jax.tree_util.tree_map_with_path(like_its_parameter, shapes.opt_state)
     return TrainState(partitioner.sharding(), partitioner.tree_shardings(axes), opt_state)
@@ -95,11 +95,3 @@ def _inherited_axes(shape: tuple[int, ...], owner_shape: tuple[int, ...], owner_
             remaining.pop(0)
         names.append(remaining.pop(0)[1] if remaining else None)
     return tuple(names)
-
-
-def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
-    try:
-        sharding.shard_shape(shape)
-    except ValueError:
-        return False
-    return True
