@@ -64,6 +64,7 @@ class DatasetConfig:
       num_shards: parts that the data is dealt into, each feeding its own rows of the batch. The data order
         depends on it, not on the number of processes; with one shard per process, each reads only its own.
       use_cached: read from seqio's offline cache where a task supports it.
+      cache_dirs: folders to look for that cache in, beside those that `seqio.add_global_cache_dirs` was given.
     """
 
     mixture_or_task_name: str
@@ -76,6 +77,7 @@ class DatasetConfig:
     vocabulary: seqio.Vocabulary | None = None
     num_shards: int = 1
     use_cached: bool = False
+    cache_dirs: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Raises `UserError` for a number that can never work."""
@@ -383,8 +385,14 @@ def _check_task(task: seqio.Task, config: DatasetConfig, converter: FeatureConve
             raise UserError(f"task {task.name!r} gives {known}; {reader} reads {feature!r}")
     if config.shuffle and task.shuffle_buffer_size is None and not task.source.performs_internal_shuffling:
         raise UserError(f"task {task.name!r} cannot be shuffled: set DatasetConfig.shuffle to False")
+    if config.use_cached:
+        seqio.add_global_cache_dirs(config.cache_dirs)
     if config.use_cached and task.supports_caching and not task.cache_dir:
-        raise UserError(f"DatasetConfig.use_cached: {task.name!r} is in none of seqio's cache directories")
+        folders = ", ".join(seqio.utils.get_global_cache_dirs()) or "none given"
+        raise UserError(
+            f"DatasetConfig.use_cached: {task.name!r} is in none of seqio's cache directories ({folders}): name its own "
+            "in DatasetConfig.cache_dirs, or write it there with scripts/cache_tasks.py"
+        )
     if task.requires_caching and not config.use_cached:
         raise UserError(f"task {task.name!r} must be read cached: set DatasetConfig.use_cached to True")
 
