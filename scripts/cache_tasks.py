@@ -7,7 +7,7 @@ Needs the extra `cache` (see docs/launch.md: an environment of its own). What is
   cache_tasks.py --tasks my_task --allow_import my_tasks --output_cache_dir gs://me/cache \
       -- --runner=DataflowRunner --project=me --region=us-east5 --temp_location=gs://me/tmp --setup_file=./setup.py
 
-Train on it with --gin.DatasetConfig.use_cached=True --gin.DatasetConfig.cache_dirs='["/data/cache"]'.
+Train on it with --gin.loader.DatasetConfig.use_cached=True --gin.loader.DatasetConfig.cache_dirs='["/data/cache"]'.
 
 Runners and their options: https://beam.apache.org/documentation/runners/capability-matrix/
 """
