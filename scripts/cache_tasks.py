@@ -45,10 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seed", type=int, metavar="N", help="of the draws before the cache, if a task has any (default: seqio's own)")
     options = parser.parse_args(own)
     try:
-        from seqio.scripts import cache_tasks_main
+        importlib.import_module("apache_beam")
     except ImportError as error:
         parser.error(f"{error}: the extra `cache` is missing; docs/launch.md says how to install it")
     import seqio
+    from seqio.scripts import cache_tasks_main
 
     modules = [REGISTRY, *options.allow_import]
     for module in modules:

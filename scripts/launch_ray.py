@@ -28,8 +28,11 @@ from launching import Launcher, Restarts, positive, say, until_final
 if TYPE_CHECKING:
     import ray.actor
 
-STOP_SECONDS = 120
-"""For a process to save, before it is killed."""
+SAVE_SECONDS = 120
+"""For processes that are asked to stop to save, before they are killed."""
+
+HANG_SECONDS = 10
+"""The same, once one of them has failed: the others then wait for it, and cannot save."""
 
 
 class Host:
@@ -52,12 +55,12 @@ class Host:
         code = self._process.wait()
         return code if code >= 0 else 128 - code
 
-    def stop(self) -> None:
-        """Asks it to save and end, and kills it if it does not."""
+    def stop(self, seconds: int) -> None:
+        """Asks it to save and end, and kills it if it does not within `seconds`."""
         if self._process is not None:
             self._process.terminate()
             try:
-                self._process.wait(STOP_SECONDS)
+                self._process.wait(seconds)
             except subprocess.TimeoutExpired:
                 self._process.kill()
 
@@ -85,21 +88,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--resource", action="append", default=[], metavar="NAME=N", help="any other, such as TPU=4; repeatable")
     add("--share_hosts", action="store_true", help="processes may share a host, as in a trial on one machine")
     add("--address", metavar="ADDRESS", help="of the cluster (default: RAY_ADDRESS, else one on this machine alone)")
-    add("--env", action="append", default=[], metavar="NAME", help="a variable that the processes get; repeatable")
+    launcher.add_env()
     add("--pause", type=positive, default=10, metavar="SECONDS", help="before the first restart (default: 10)")
     options, command = launcher.parse(argv)
     bundle = _bundle(launcher.parser, options)
-    missing = [name for name in options.env if name not in os.environ]
-    if missing:
-        launcher.parser.error(f"--env={missing[0]}: give the name of a variable that is set in this shell")
     strategy = "PACK" if options.share_hosts else "STRICT_SPREAD"
     restarts = Restarts(options.max_restarts, options.pause)
     if options.dry_run:
         print(f"# Ray reserves, {strategy}: {options.hosts} x {bundle}")
         for index in range(options.hosts):
             settings = variables("HOST_0:FREE_PORT", options.hosts, index)
-            words = [*(f"{name}={value}" for name, value in settings.items()), *options.env]
-            print(f"# process {index}\nenv {shlex.join(words[:3])} {shlex.join(command)}")
+            words = [f"{name}={value}" for name, value in settings.items()]
+            others = f", with {' '.join(options.env)} of this shell" if options.env else ""
+            print(f"# process {index}{others}\nenv {shlex.join([*words, *command])}")
         print(f"# if one fails, all of them again ({restarts})")
         return 0
     try:
@@ -147,6 +148,7 @@ def _attempt(
         place.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, index)).remote()
         for index in range(number)
     ]
+    patience = SAVE_SECONDS
     try:
         address = ray.get(hosts[0].free_address.remote())
         running = {
@@ -158,10 +160,11 @@ def _attempt(
             index = running.pop(done)
             if code := _exit_code(done, index):
                 say(f"process {index} ended with exit code {code}; stopping the others")
+                patience = HANG_SECONDS
                 return code
         return 0
     finally:
-        _stop(hosts)
+        _stop(hosts, patience)
         ray.util.remove_placement_group(group)
 
 
@@ -176,13 +179,13 @@ def _exit_code(done: "ray.ObjectRef", index: int) -> int:
         return 1
 
 
-def _stop(hosts: Sequence["ray.actor.ActorHandle"]) -> None:
+def _stop(hosts: Sequence["ray.actor.ActorHandle"], seconds: int) -> None:
     import ray
 
-    stopping = [host.stop.remote() for host in hosts]
+    stopping = [host.stop.remote(seconds) for host in hosts]
     for each in stopping:
         with contextlib.suppress(ray.exceptions.RayError):  # a host that is lost has stopped
-            ray.get(each, timeout=STOP_SECONDS + 10)
+            ray.get(each, timeout=seconds + 10)
     for host in hosts:
         ray.kill(host)
 

@@ -48,21 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     image.add_argument("--base_docker_image", metavar="IMAGE", help="xpk adds the current folder to it")
     add("--storage", action="append", default=[], metavar="NAME", help="repeatable: of `xpk storage`, to be mounted")
     add("--priority", help="very-low, low, medium (xpk's default), high or very-high")
-    add(
-        "--env",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="repeatable: a variable that the hosts get from this shell; its value is never printed",
-    )
+    launcher.add_env()
     add("--grace", type=positive, default=120, metavar="SECONDS", help="to save when a host is taken (default: 120)")
     add("--wait", action="store_true", help="until the workload has ended; exit code 0 if it ended well")
     options, command = launcher.parse(argv)
-    for name in options.env:
-        if "=" in name:
-            launcher.parser.error(
-                f"--env={name.partition('=')[0]}=...: give the name alone; the value is taken from this shell"
-            )
     if options.num_slices and options.device_type:
         launcher.parser.error("--num_slices is for --tpu_type; --device_type takes --num_nodes")
     if options.num_nodes and options.tpu_type:

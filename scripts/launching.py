@@ -5,6 +5,7 @@ Only the standard library: a login node or a workstation needs no JAX to launch.
 
 import argparse
 import dataclasses
+import os
 import shlex
 import shutil
 import subprocess
@@ -117,6 +118,11 @@ class Launcher:
             self.parser.error("what to run is missing: end with -- VERB ..., such as -- train --gin_file=...")
         if options.max_restarts < 0:
             self.parser.error(f"--max_restarts={options.max_restarts}: give 0 or more")
+        for name in getattr(options, "env", []):
+            if "=" in name:
+                self.parser.error(f"--env={name.partition('=')[0]}=...: give the name alone; this shell has the value")
+            if name not in os.environ:
+                self.parser.error(f"--env={name}: this shell has no such variable; export it first")
         for argument in command:
             name, _, folder = argument.partition("=")
             folder = folder.strip("'\"")
@@ -126,6 +132,16 @@ class Launcher:
                     "give the absolute path of a shared folder"
                 )
         return options, [options.program, *command]
+
+    def add_env(self) -> None:
+        """Adds --env to the options; `parse` checks it."""
+        self.parser.add_argument(
+            "--env",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="repeatable: a variable that the machines get from this shell; its value is never printed",
+        )
 
     def need(self, program: str, source: str) -> None:
         """Ends the process with code 2 where a program is missing; `source` says how to get it."""
