@@ -108,8 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         launcher.parser.error(f"{sys.executable} cannot import ray: pip install it in the cluster's version")
     passed = {name: os.environ[name] for name in options.env}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: the processes are stopped
     ray.init(options.address, log_to_driver=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: the processes are stopped
     try:
         return until_final(lambda: _attempt(options.hosts, bundle, strategy, command, passed), restarts)
     finally:

@@ -57,7 +57,7 @@ scontrol requeue "$SLURM_JOB_ID"
 def script(options: Namespace, command: Sequence[str]) -> str:
     """The batch script."""
     gpus = options.gpus_per_node
-    tasks = options.tasks_per_node or gpus or 1
+    tasks = gpus or options.tasks_per_node or 1
     settings = {
         "job-name": options.name,
         "nodes": options.nodes,
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = launcher.parser.add_argument
     add("--nodes", type=positive, required=True, metavar="N")
     add("--gpus_per_node", type=positive, metavar="N", help="leave it out for CPU nodes")
-    add("--tasks_per_node", type=positive, metavar="N", help="processes (default: one for each GPU, or one)")
+    add("--tasks_per_node", type=positive, metavar="N", help="processes on a CPU node (default: 1)")
     add("--cpus_per_task", type=positive, metavar="N", help="default: the cluster's own")
     add("--time", required=True, metavar="LIMIT", help="of one start, such as 24:00:00 or 2-00:00:00")
     add("--partition", metavar="NAME", help="default: the cluster's own")
@@ -110,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--pause", type=positive, default=10, metavar="SECONDS", help="before a restart after a crash (default: 10)")
     add("--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--mem=0; repeatable")
     options, command = launcher.parse(argv)
+    if options.tasks_per_node and options.gpus_per_node:
+        launcher.parser.error("--tasks_per_node is for CPU nodes: JAX gives each SLURM task one GPU")
     if not LIMIT.fullmatch(options.time):
         launcher.parser.error(f"--time={options.time}: write hours:minutes:seconds or days-hours:minutes:seconds")
     for extra in options.sbatch:

@@ -126,10 +126,10 @@ class Launcher:
         for argument in command:
             name, _, folder = argument.partition("=")
             folder = folder.strip("'\"")
-            if name == "--gin.MODEL_DIR" and not (PurePosixPath(folder).is_absolute() or "://" in folder):
+            if name == "--gin.MODEL_DIR" and not PurePosixPath(folder).is_absolute():
                 self.parser.error(
-                    f"{argument}: every machine, and the one after a restart, must find the run's folder there; "
-                    "give the absolute path of a shared folder"
+                    f"{argument}: every machine, also one after a restart, must find the run's folder there; give the "
+                    "absolute path of a shared folder (a bucket has to be mounted)"
                 )
         return options, [options.program, *command]
 

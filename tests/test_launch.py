@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -217,6 +218,15 @@ env JAX_COORDINATOR_ADDRESS=HOST_0:FREE_PORT JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=
     )
 
 
+def test_the_page_shows_what_is_printed(scripts: Scripts, capsys: pytest.CaptureFixture) -> None:
+    page = (SCRIPTS.parent / "docs" / "launch.md").read_text()
+    shown = re.findall(r"```console\n\$ scripts/launch_(\w+)\.py ((?:[^\n]*\\\n)*[^\n]*)\n((?s:.*?))```", page)
+    assert [name for name, _, _ in shown] == ["tpu_vm", "xpk", "slurm", "ray"]
+    for name, arguments, output in shown:
+        assert scripts[name].main(shlex.split(arguments.replace("\\\n", ""))) == 0
+        assert capsys.readouterr().out == output
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -226,6 +236,7 @@ env JAX_COORDINATOR_ADDRESS=HOST_0:FREE_PORT JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=
         ("tpu_vm", [*TPU, "--spot", "--reserved", *JOB], "--reserved: not allowed with argument --spot"),
         ("tpu_vm", [*TPU, "--max_restarts=-1", *JOB], "--max_restarts=-1: give 0 or more"),
         ("tpu_vm", [*TPU, "--", "train", "--gin.MODEL_DIR=runs/xl"], "--gin.MODEL_DIR=runs/xl: every machine"),
+        ("tpu_vm", [*TPU, "--", "train", "--gin.MODEL_DIR=gs://me/xl"], "(a bucket has to be mounted)"),
         ("tpu_vm", [*TPU, *JOB], "'gcloud' is not on PATH: install it from https://cloud.google.com/sdk"),
         ("xpk", [*XPK, *JOB], "one of the arguments --tpu_type --device_type is required"),
         ("xpk", [*XPK, "--tpu_type=v5p-8", "--num_nodes=2", *JOB], "--num_nodes is for --device_type"),
@@ -235,6 +246,7 @@ env JAX_COORDINATOR_ADDRESS=HOST_0:FREE_PORT JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=
         ("xpk", [*XPK, "--tpu_type=v5p-8", *JOB], "'xpk' is not on PATH: pip install xpk"),
         ("slurm", ["--nodes=2", "--time=soon", *JOB], "--time=soon: write hours:minutes:seconds"),
         ("slurm", [*SLURM, "--sbatch=mem=0", *JOB], "--sbatch=mem=0: give one option of sbatch"),
+        ("slurm", [*SLURM, "--tasks_per_node=1", *JOB], "--tasks_per_node is for CPU nodes"),
         ("slurm", [*SLURM, "--grace=70000", *JOB], "--grace=70000: SLURM takes at most 65535 seconds"),
         ("slurm", [*SLURM, *JOB], "'sbatch' is not on PATH: run this on a login node"),
         ("ray", ["--hosts=2", "--resource=TPU", *JOB], "--resource=TPU: write NAME=NUMBER"),
