@@ -158,25 +158,18 @@ def _attempt(
         while running:
             [done], _ = ray.wait(list(running))
             index = running.pop(done)
-            if code := _exit_code(done, index):
+            if code := ray.get(done):
                 say(f"process {index} ended with exit code {code}; stopping the others")
                 patience = HANG_SECONDS
                 return code
         return 0
+    except ray.exceptions.RayError as error:
+        say(f"a host is lost ({type(error).__name__}); stopping the others")
+        patience = HANG_SECONDS
+        return 1
     finally:
         _stop(hosts, patience)
         ray.util.remove_placement_group(group)
-
-
-def _exit_code(done: "ray.ObjectRef", index: int) -> int:
-    """Of process `index`, or 1 where its host is lost."""
-    import ray
-
-    try:
-        return ray.get(done)
-    except ray.exceptions.RayError as error:
-        say(f"process {index} is lost: {type(error).__name__}")
-        return 1
 
 
 def _stop(hosts: Sequence["ray.actor.ActorHandle"], seconds: int) -> None:

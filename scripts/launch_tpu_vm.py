@@ -67,17 +67,18 @@ class QueuedResource(NamedTuple):
         return self.gcloud("delete", "--force", "--quiet")
 
     def ssh(self, command: str) -> list[str]:
-        """On all hosts of all slices at once."""
+        """On all hosts of all slices at once; its exit code is that of a host that failed, or 0."""
         return self.gcloud("ssh", "--node=all", "--worker=all", "--batch-size=all", f"--command={command}")
 
     def state(self) -> str:
-        """`ABSENT` where there is none of that name."""
+        """`ABSENT` where there is none of that name, `UNKNOWN` where gcloud cannot tell, which it then says why."""
         words = self.describe()
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode and "NOT_FOUND" in done.stderr:
             return "ABSENT"
         if done.returncode:
-            raise SystemExit(f"error: {shell(words)}\n{done.stderr.strip()}")
+            say(f"{shell(words)}\n{done.stderr.strip()}")
+            return "UNKNOWN"
         return done.stdout.strip()
 
 
@@ -118,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _show(resource, job, restarts)
         return 0
     launcher.need("gcloud", "install it from https://cloud.google.com/sdk/docs/install")
+    if resource.state() == "UNKNOWN":
+        launcher.parser.error("gcloud cannot ask for --name in --zone and --project; what it says is above")
     code = until_final(lambda: _attempt(resource, job), restarts)
     if options.delete:
         run(resource.delete())
@@ -143,6 +146,8 @@ def _show(resource: QueuedResource, job: list[str], restarts: Restarts) -> None:
 def _attempt(resource: QueuedResource, job: list[str]) -> int:
     """One start: on the machines that are there, or on new ones."""
     state = resource.state()
+    if state == "UNKNOWN":
+        return 1
     if state in LOST:
         say(f"{resource.options.name} is {state}")
         if code := run(resource.delete()):

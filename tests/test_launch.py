@@ -315,6 +315,14 @@ def test_tpus_that_are_taken_away_are_asked_for_again(
     assert "xl is SUSPENDED" in capsys.readouterr().err
 
 
+def test_what_gcloud_says_ends_the_first_start(scripts: Scripts, fake: Fake, capsys: pytest.CaptureFixture) -> None:
+    fake("gcloud", 'echo "PERMISSION_DENIED: the API is off" >&2; exit 1')
+    with pytest.raises(SystemExit) as ended:
+        scripts["tpu_vm"].main([*TPU, *JOB])
+    assert ended.value.code == 2
+    assert "PERMISSION_DENIED: the API is off" in capsys.readouterr().err
+
+
 def test_restarts_end(scripts: Scripts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     pauses: list[float] = []
     launching = scripts["launching"]
