@@ -8,7 +8,6 @@ found again from its block, its row in the packed block, and where each task sto
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import itertools
 import logging
 import math
@@ -28,6 +27,7 @@ import seqio
 import tensorflow as tf
 
 from t5x_like.data.packing import Example, FeatureConverter, Row, check_lengths
+from t5x_like.data.sources import Ordered
 from t5x_like.data.tasks import registry
 from t5x_like.errors import UserError
 
@@ -64,6 +64,7 @@ class DatasetConfig:
       num_shards: parts that the data is dealt into, each feeding its own rows of the batch. The data order
         depends on it, not on the number of processes; with one shard per process, each reads only its own.
       use_cached: read from seqio's offline cache where a task supports it.
+      cache_dirs: folders to look for that cache in, beside those that `seqio.add_global_cache_dirs` was given.
     """
 
     mixture_or_task_name: str
@@ -76,6 +77,7 @@ class DatasetConfig:
     vocabulary: seqio.Vocabulary | None = None
     num_shards: int = 1
     use_cached: bool = False
+    cache_dirs: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Raises `UserError` for a number that can never work."""
@@ -383,8 +385,14 @@ def _check_task(task: seqio.Task, config: DatasetConfig, converter: FeatureConve
             raise UserError(f"task {task.name!r} gives {known}; {reader} reads {feature!r}")
     if config.shuffle and task.shuffle_buffer_size is None and not task.source.performs_internal_shuffling:
         raise UserError(f"task {task.name!r} cannot be shuffled: set DatasetConfig.shuffle to False")
+    if config.use_cached:
+        seqio.add_global_cache_dirs(config.cache_dirs)
     if config.use_cached and task.supports_caching and not task.cache_dir:
-        raise UserError(f"DatasetConfig.use_cached: {task.name!r} is in none of seqio's cache directories")
+        folders = ", ".join(seqio.utils.get_global_cache_dirs()) or "none given"
+        raise UserError(
+            f"DatasetConfig.use_cached: {task.name!r} is in none of seqio's cache directories ({folders}): name its "
+            "own in DatasetConfig.cache_dirs, or write it with scripts/cache_tasks.py"
+        )
     if task.requires_caching and not config.use_cached:
         raise UserError(f"task {task.name!r} must be read cached: set DatasetConfig.use_cached to True")
 
@@ -403,34 +411,6 @@ def _seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()) >> 1
 
 
-class _Ordered(seqio.DataSource):
-    """A source that is read in the order of its own seed, whatever seed the preprocessors get.
-
-    The shards of a task must agree on the order of its source, or they overlap, but not on the noise that its
-    preprocessors draw; seqio has one seed for both.
-    """
-
-    def __init__(self, source: seqio.DataSource, seed: int) -> None:
-        super().__init__(source.splits, None, source.caching_permitted, source.performs_internal_shuffling)
-        self._source, self._seed = source, seed
-
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        return self._source.supports_arbitrary_sharding
-
-    def list_shards(self, split: str) -> Sequence[str]:
-        return self._source.list_shards(split)
-
-    def get_dataset(
-        self, split: str, shuffle: bool, seed: int, shard_info: seqio.ShardInfo | None = None
-    ) -> tf.data.Dataset:
-        order: int | None = self._seed
-        function = getattr(self._source, "_dataset_fn", None)  # of a `seqio.FunctionDataSource`
-        if function is not None and "seed" not in inspect.signature(function).parameters:
-            shuffle, order = False, None  # seqio would raise; the task's buffer still shuffles
-        return self._source.get_dataset(split=split, shuffle=shuffle, seed=order, shard_info=shard_info)
-
-
 def _open(task: seqio.Task, config: DatasetConfig, features: Sequence[str], shard: int, epoch: int) -> tf.data.Dataset:
     """One epoch of one task on one shard."""
     order, noise = _seed(config.seed, task.name, epoch), _seed(config.seed, task.name, epoch, shard)
@@ -438,7 +418,7 @@ def _open(task: seqio.Task, config: DatasetConfig, features: Sequence[str], shar
     if cached or type(task) is not seqio.Task:
         noise = order  # the source of a cache or a subclass cannot be replaced, so one seed must do for both
     else:
-        task = task.replace(source=_Ordered(task.source, order))
+        task = task.replace(source=Ordered(task.source, order))
     with _SEQIO_LOCK:
         tf.random.set_seed(noise)  # tf.data mixes this global seed into every other, and others may have set it
         dataset = task.get_dataset(

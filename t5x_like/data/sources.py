@@ -1,5 +1,6 @@
-"""Rows in memory as a seqio source."""
+"""Sources for seqio tasks: rows in memory, and any source read in an order of its own."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -60,3 +61,34 @@ class CorpusSource(seqio.DataSource):
         if shuffle and self.performs_internal_shuffling:
             dataset = dataset.shuffle(len(rows), seed=seed)
         return dataset
+
+
+class Ordered(seqio.DataSource):
+    """A source that is read in the order of its own seed, whatever seed the preprocessors get.
+
+    The shards of a task must agree on the order of its source, or they overlap, but not on the noise that its
+    preprocessors draw; seqio has one seed for both.
+    """
+
+    def __init__(self, source: seqio.DataSource, seed: int) -> None:
+        super().__init__(source.splits, None, source.caching_permitted, source.performs_internal_shuffling)
+        self._source, self._seed = source, seed
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """As the source."""
+        return self._source.supports_arbitrary_sharding
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """As the source."""
+        return self._source.list_shards(split)
+
+    def get_dataset(
+        self, split: str, shuffle: bool, seed: int, shard_info: seqio.ShardInfo | None = None
+    ) -> tf.data.Dataset:
+        """One pass in the order of the own seed; `seed` is not looked at."""
+        order: int | None = self._seed
+        function = getattr(self._source, "_dataset_fn", None)  # of a `seqio.FunctionDataSource`
+        if function is not None and "seed" not in inspect.signature(function).parameters:
+            shuffle, order = False, None  # seqio would raise; the task's buffer still shuffles
+        return self._source.get_dataset(split=split, shuffle=shuffle, seed=order, shard_info=shard_info)

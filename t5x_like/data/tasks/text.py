@@ -11,7 +11,11 @@ from t5x_like.data.vocabularies import sentencepiece_vocabulary
 
 _FEATURES = {name: seqio.Feature(sentencepiece_vocabulary()) for name in ("inputs", "targets")}
 _SPLITS = ("train", "validation", "test")
-_TOKENIZE = (seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim)
+_TOKENIZE = (
+    seqio.preprocessors.tokenize,
+    seqio.CacheDatasetPlaceholder(),  # what is before it may be cached (scripts/cache_tasks.py): no lengths, no draws
+    seqio.preprocessors.append_eos_after_trim,
+)
 
 
 def strip(text: str, example: Mapping[str, object] | None = None, is_target: bool = False) -> str:
