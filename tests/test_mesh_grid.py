@@ -82,15 +82,36 @@ def expected(name: str) -> tuple[dict, Params]:
     return loss_and_gradients(name, Partitioner.single_device())
 
 
-@pytest.mark.parametrize("mesh", GRID)
-@pytest.mark.parametrize("name", BINDINGS)
+SOON = {
+    "t5_1_1_tiny": (
+        "data 8, FSDP",
+        "data 2 x model 4, FSDP",
+        "replica 2 x data 2 x model 2, FSDP",
+        "context 4 x model 2",
+    ),
+    "switch_tiny": ("data 4 x model 2", "data 2 x expert 4, FSDP", "data 2 x expert 2 x model 2, FSDP"),
+    "gpt2_tiny": ("context 4 x model 2", "expert 2 x context 4"),
+}
+"""What every run of the tests tries; the others are long drills."""
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        pytest.param(name, mesh, marks=[] if mesh in SOON[name] else [pytest.mark.full])
+        for name in BINDINGS
+        for mesh in GRID
+    ],
+)
 def test_a_mesh_gives_the_losses_and_gradients_of_one_device(name: str, mesh: str) -> None:
     sizes, rules = GRID[mesh]
     losses, gradients = loss_and_gradients(name, Partitioner(make_mesh(**sizes), rules))
     wanted_losses, wanted = expected(name)
     for metric, value in wanted_losses.items():
         np.testing.assert_allclose(losses[metric], value, rtol=1e-5, atol=1e-5, err_msg=metric)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
     for (path, found), (_, leaf) in zip(named_leaves(gradients), named_leaves(wanted), strict=True):
-        scale = np.abs(leaf).max()
+        # A key's bias shifts all logits of a query alike: its gradient is rounding.
+        scale = largest if path.endswith("key/bias") else np.abs(leaf).max()
         assert scale > 0, path
         np.testing.assert_allclose(found / scale, leaf / scale, atol=1e-5, err_msg=path)

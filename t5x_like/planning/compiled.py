@@ -1,17 +1,22 @@
 """One way to run a job, compiled for its devices: what it takes of each, and how long that takes at least."""
 
 import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
 import math
+import os
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from t5x_like.decoding.greedy import Greedy
-from t5x_like.errors import UserError
 from t5x_like.planning import hlo
 from t5x_like.planning.choice import Choice
 from t5x_like.planning.hardware import Target
@@ -187,26 +192,47 @@ def shard_gib(tree: PyTree) -> float:
 
 
 def cost(program: Callable[[], jax.stages.Lowered], target: Target, partitioner: Partitioner) -> Cost:
-    """Compiles a program for a target, and reads what it costs a device.
+    """Compiles a program for a target, unless it has been before, and reads what it costs a device.
 
     Raises:
       CannotCompile: for another reason than memory.
     """
+    with building_for(target.devices):
+        lowered = program()
+    order = [device.id for device in partitioner.mesh.devices.flat]
+    versions = [_version("jaxlib"), _version("libtpu"), target.name, target.chip.config]
+    digest = hashlib.sha256(repr((lowered.as_text(), order, versions)).encode()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t5x_like" / "plans"
+    path = folder / f"{digest[:32]}.json.gz"
+    if path.exists():
+        found = json.loads(gzip.decompress(path.read_bytes()))
+    else:
+        found = _compile(lowered, target)
+        folder.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_bytes(gzip.compress(json.dumps(found).encode()))
+        new.rename(path)
+    if "refused" in found:
+        return _refused(found["refused"], found["seconds"])
+    return _read(
+        hlo.parse(found["text"]), target, partitioner, Cost(**found["memory"], compile_seconds=found["seconds"])
+    )
+
+
+def _compile(lowered: jax.stages.Lowered, target: Target) -> dict[str, Any]:
+    """What the compiler says, as JSON: text and memory of the program, or why there is none."""
     start = time.monotonic()
-    with building_for(target.devices), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        # The text is taken from a dump, since reading it back from the executable fails for some programs (jaxlib
+        # 0.10.2: "async-update instruction should have 1 operands").
+        dump: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            lowered = program()
-            # The text is taken from a dump, since reading it back from the executable fails for some programs (jaxlib
-            # 0.10.2: "async-update instruction should have 1 operands").
-            dump: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
             compiled = lowered.compile(compiler_options=dump if target.devices[0].platform == "tpu" else {})
-        except UserError:
-            raise
         except Exception as error:
-            return _refused(error, time.monotonic() - start)
+            return {"refused": " ".join(str(error).split()), "seconds": time.monotonic() - start}
+        seconds = time.monotonic() - start
         dumped = list(Path(folder).glob("*.after_optimizations.txt"))
         text = dumped[0].read_text() if dumped else compiled.as_text()
-    seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     assert memory is not None and text is not None
     # With buffers on the host, XLA's peak counts those too: then all that is made on the device stands for it.
@@ -214,19 +240,21 @@ def cost(program: Callable[[], jax.stages.Lowered], target: Target, partitioner:
     peak = memory.argument_size_in_bytes + made
     if not memory.host_temp_size_in_bytes and memory.peak_memory_in_bytes:
         peak = min(peak, memory.peak_memory_in_bytes)
-    return _read(
-        hlo.parse(text),
-        target,
-        partitioner,
-        Cost(
-            fits=peak / GIB <= target.chip.memory_gib,
-            peak_memory_gib=peak / GIB,
-            argument_gib=memory.argument_size_in_bytes / GIB,
-            temporary_gib=memory.temp_size_in_bytes / GIB,
-            host_gib=memory.host_temp_size_in_bytes / GIB,
-            compile_seconds=seconds,
-        ),
-    )
+    sizes = {
+        "fits": peak / GIB <= target.chip.memory_gib,
+        "peak_memory_gib": peak / GIB,
+        "argument_gib": memory.argument_size_in_bytes / GIB,
+        "temporary_gib": memory.temp_size_in_bytes / GIB,
+        "host_gib": memory.host_temp_size_in_bytes / GIB,
+    }
+    return {"text": text, "seconds": seconds, "memory": sizes}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _read(program: hlo.Program, target: Target, partitioner: Partitioner, cost: Cost) -> Cost:
@@ -268,11 +296,14 @@ def _traffic(program: hlo.Program, target: Target, partitioner: Partitioner) -> 
 _UNITS = {"B": 1 / GIB, "K": 2**10 / GIB, "M": 2**20 / GIB, "G": 1.0, "T": 2.0**10}
 
 
-def _refused(error: Exception, seconds: float) -> Cost:
-    """What the compiler says of memory, as a cost that does not fit."""
-    reason = " ".join(str(error).split())
+def _refused(reason: str, seconds: float) -> Cost:
+    """What the compiler says of memory, as a cost that does not fit.
+
+    Raises:
+      CannotCompile: it says something else.
+    """
     sizes = re.search(r"\(([\d.]+)([BKMGT])\) exceeds|Used ([\d.]+)([BKMGT]) of", reason)
     if "RESOURCE_EXHAUSTED" not in reason or sizes is None:
-        raise CannotCompile(reason.partition(" See https")[0][:400]) from error
+        raise CannotCompile(reason.partition(" See https")[0][:400])
     number, unit = (sizes[1], sizes[2]) if sizes[1] else (sizes[3], sizes[4])
     return Cost(fits=False, peak_memory_gib=float(number) * _UNITS[unit], compile_seconds=seconds)

@@ -1,9 +1,7 @@
 """One way to run a job on one target, compiled: what it takes, and how long."""
 
 import dataclasses
-import logging
 import multiprocessing
-import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +12,7 @@ from t5x_like.planning import hardware
 from t5x_like.planning.arithmetic import kept_gib
 from t5x_like.planning.choice import Choice
 from t5x_like.planning.compiled import CannotCompile, Cost, Job, cost, shard_gib
+from t5x_like.planning.silence import quietly
 from t5x_like.recipe import Recipe
 from t5x_like.sharding import MESH_AXES
 
@@ -168,7 +167,7 @@ class Compiler:
         """The function's result; a crash of the process is a `CannotCompile`."""
         if self._pool is None:
             spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(1, spawn, initializer=_quietly)
+            self._pool = ProcessPoolExecutor(1, spawn, initializer=quietly)
         try:
             return self._pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:
@@ -179,13 +178,6 @@ class Compiler:
         """Ends the process."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-
-
-def _quietly() -> None:
-    """What libtpu says when it finds no TPU goes nowhere; so does Python's log."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    logging.disable(logging.WARNING)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def with_decoding(plan: Plan, recipe: Recipe, topology: str | None, compiler: Compiler) -> Plan:
