@@ -52,7 +52,7 @@ def plan(
     if remat is not None and remat not in (*REMAT_POLICIES, "none"):
         hint = nearest(remat, [*REMAT_POLICIES, "none"])
         raise UserError(f"--remat={remat}: not one of {', '.join(REMAT_POLICIES)} or none.{hint}")
-    console, compiler, found = Console(highlight=False), Compiler(), list[Search]()
+    console, compiler, found = Console(highlight=False), Compiler(on_cpu=bool(topology)), list[Search]()
     try:
         for name, sizes in itertools.product(topology or (None,), mesh or (None,)):
             with console.status(f"{name or 'here'}: starting") as status:

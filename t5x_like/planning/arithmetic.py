@@ -69,8 +69,8 @@ class Workload:
             params = jax.eval_shape(lambda: experiment.model.init(jax.random.key(0), batch))
             axes = dict(named_axes(experiment.model.logical_axes(batch)))
             opt_state = jax.eval_shape(experiment.trainer.optimizer.init, params)
-            flops = {name: rows * _flops(each, params, batch) for name, each in policies.items()}
-            kept = {name: rows * kept_bytes(each, params, batch) for name, each in policies.items()}
+            flops = {name: float(rows * _flops(each, params, batch)) for name, each in policies.items()}
+            kept = {name: float(rows) * kept_bytes(each, params, batch) for name, each in policies.items()}
         names = {name for name in batch if name.endswith("_tokens") and name != "decoder_target_tokens"}
         return cls(
             {name: (leaf.shape, axes[name]) for name, leaf in named_leaves(params)},
@@ -164,11 +164,11 @@ def _share(shape: tuple[int, ...], axes: LogicalAxes, rules: ShardingRules, mesh
     return 1 / ways
 
 
-def _flops(experiment: Experiment, params: PyTree, batch: Batch) -> float:
+def _flops(experiment: Experiment, params: PyTree, batch: Batch) -> int:
     return matmul_flops(jax.grad(lambda p: experiment.model.loss(p, batch, jax.random.key(0)).loss.total), params)
 
 
-def kept_bytes(experiment: Experiment, params: PyTree, batch: Batch) -> float:
+def kept_bytes(experiment: Experiment, params: PyTree, batch: Batch) -> int:
     """Bytes that one example leaves for the backward pass, beside parameters."""
 
     def residuals(params: PyTree) -> PyTree:

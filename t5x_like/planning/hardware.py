@@ -14,6 +14,7 @@ import numpy as np
 
 from t5x_like.errors import UserError, nearest
 from t5x_like.training.flops import matmul_peak
+from t5x_like.typing import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +72,18 @@ class Target:
 
     name: str
     chip: Chip
-    devices: tuple[jax.Device, ...]
+    devices: tuple[PyTree, ...]  # jax.Device, or what has its coordinates
 
     @property
     def slices(self) -> int:
         """How many there are, joined by the data-centre network."""
         return len({getattr(device, "slice_index", None) for device in self.devices})
 
-    def crosses_slices(self, group: Sequence[jax.Device]) -> bool:
+    def crosses_slices(self, group: Sequence[PyTree]) -> bool:
         """Whether these devices reach each other over the data-centre network only."""
         return len({getattr(device, "slice_index", None) for device in group}) > 1
 
-    def bandwidth(self, group: Sequence[jax.Device]) -> float:
+    def bandwidth(self, group: Sequence[PyTree]) -> float:
         """Bytes/s that each device of a group sends to the others at most.
 
         Along every dimension of the torus in which they differ there is a link, or two where it closes to a ring.

@@ -100,7 +100,7 @@ class Program:
     computations: Mapping[str, Computation]
     entry: str
 
-    def executed(self, name: str | None = None, times: float = 1) -> Iterator[tuple[Computation, Instruction, float]]:
+    def executed(self, name: str | None = None, times: float = 1.0) -> Iterator[tuple[Computation, Instruction, float]]:
         """Every instruction that runs by itself, where it stands, and how often; fusions are one instruction."""
         computation = self.computations[name or self.entry]
         for instruction in computation.values():
@@ -185,19 +185,19 @@ def _closing(text: str, start: int) -> int:
 
 def flops(program: Program) -> float:
     """Floating point operations in matrix products (dots and convolutions) that one device does."""
-    return sum(times * instruction_flops(program, place, each) for place, each, times in program.executed())
+    return sum((times * instruction_flops(program, place, each) for place, each, times in program.executed()), 0.0)
 
 
 def instruction_flops(program: Program, place: Computation, instruction: Instruction) -> float:
     """The same of one instruction, with what is fused into it."""
     if instruction.opcode == "fusion":
         inner = program.computations[instruction.called["calls"]]
-        return sum(instruction_flops(program, inner, each) for each in inner.values())
+        return sum((instruction_flops(program, inner, each) for each in inner.values()), 0.0)
     if instruction.opcode == "dot":
-        return 2 * math.prod(instruction.shapes[0].dims) * _contracted(place, instruction)
+        return 2.0 * math.prod(instruction.shapes[0].dims) * _contracted(place, instruction)
     if instruction.opcode == "convolution":
-        return 2 * _multiplications(place, instruction)
-    return 0
+        return 2.0 * _multiplications(place, instruction)
+    return 0.0
 
 
 def _contracted(place: Computation, dot: Instruction) -> int:
@@ -254,7 +254,7 @@ def _overlaps(size: int, kernel: int, out: int, window: Mapping[str, tuple[int, 
 # ---- Memory ----
 
 
-def memory_bytes(program: Program, place: Computation, instruction: Instruction) -> float:
+def memory_bytes(program: Program, place: Computation, instruction: Instruction) -> int:
     """Bytes that one instruction reads from the device's main memory and writes to it."""
     if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
         return 0
@@ -276,7 +276,7 @@ def _bytes_of(place: Computation, name: str) -> int:
     return sum(shape.bytes for shape in place[name].shapes if shape.space == 0) if name in place else 0
 
 
-def _fused_bytes(inner: Computation, place: Computation, fusion: Instruction) -> float:
+def _fused_bytes(inner: Computation, place: Computation, fusion: Instruction) -> int:
     """Operands of which the fusion only takes slices count as those, and what it updates in place as the update."""
     users: dict[str, list[tuple[str, Instruction]]] = {}  # with the operand as which they use it
     for each in inner.values():
@@ -354,7 +354,7 @@ def _communicating(
 
 def _sent(kind: str, place: Computation, instruction: Instruction, count: int) -> float:
     """With rings, which send the least (Thakur et al. 2005): a part to every other device, twice to sum and share."""
-    size = sum(_bytes_of_any(place, name) for name in instruction.operands)
+    size = float(sum(_bytes_of_any(place, name) for name in instruction.operands))
     if kind == "collective-permute":
         return size
     if kind == "all-gather":

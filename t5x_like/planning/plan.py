@@ -159,15 +159,16 @@ def measure_decoding(recipe: Recipe, topology: str | None, choice: Choice) -> Co
 class Compiler:
     """Measures in a process of its own, which may crash, and whose libraries may talk."""
 
-    def __init__(self) -> None:
-        """Starts none yet."""
+    def __init__(self, on_cpu: bool) -> None:
+        """Starts none yet; `on_cpu` leaves accelerators alone that are here."""
+        self._on_cpu = on_cpu
         self._pool: ProcessPoolExecutor | None = None
 
     def __call__(self, function: Callable[..., Result], *arguments: object) -> Result:
         """The function's result; a crash of the process is a `CannotCompile`."""
         if self._pool is None:
             spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(1, spawn, initializer=quietly)
+            self._pool = ProcessPoolExecutor(1, spawn, initializer=quietly, initargs=(self._on_cpu,))
         try:
             return self._pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:

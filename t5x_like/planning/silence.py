@@ -4,8 +4,12 @@ import logging
 import os
 
 
-def quietly() -> None:
-    """What libtpu says when it finds no TPU, and TensorFlow of processors, goes nowhere; so does Python's log."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+def quietly(on_cpu: bool) -> None:
+    """What libtpu says when it finds no TPU, and TensorFlow of processors, goes nowhere; so does Python's log.
+
+    `on_cpu` leaves accelerators alone that may be here: for compiling for others.
+    """
+    if on_cpu:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     logging.disable(logging.WARNING)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
