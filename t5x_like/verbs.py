@@ -12,6 +12,20 @@ def _dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", default=argparse.SUPPRESS, help=help)
 
 
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that make a command one process of several; `distributed.initialize` takes them by name."""
+    add = parser.add_argument_group(
+        "one job on several hosts", "On a TPU pod, GKE, SLURM and Open MPI they are found, and on Ray set, by themselves."
+    ).add_argument
+    add("--coordinator", default=argparse.SUPPRESS, metavar="HOST:PORT", help="where process 0 listens")
+    add("--num_processes", default=argparse.SUPPRESS, type=int, metavar="N", help="of the whole job")
+    add("--process_id", default=argparse.SUPPRESS, type=int, metavar="I", help="which of them this is, from 0")
+    help = "to wait for the others; 300 unless given"
+    add("--connect_seconds", default=argparse.SUPPRESS, type=int, metavar="S", help=help)
+    help = "silence after which a process counts as dead and the job ends; 100 unless given"
+    add("--heartbeat_seconds", default=argparse.SUPPRESS, type=int, metavar="S", help=help)
+
+
 class Verb(NamedTuple):
     """A command: the function of the verb's name in `module`, given what `options` adds to the command line.
 
@@ -22,6 +36,7 @@ class Verb(NamedTuple):
       options: adds its own to a parser; what the user gives become the function's keyword arguments.
       on_recipe: it looks into what `train` would do: its first argument is a `commands.recipe.Recipe` of the gin files
         and bindings, instead of what they are bound to.
+      on_hosts: it may be one process of several.
     """
 
     module: str
@@ -29,10 +44,15 @@ class Verb(NamedTuple):
     run_file: str | None = None
     options: Options = _dry_run
     on_recipe: bool = False
+    on_hosts: bool = False
 
 
 VERBS = {
-    "train": Verb("t5x_like.commands.train", "train a model, or go on where a run stopped"),
-    "evaluate": Verb("t5x_like.commands.evaluate", "score checkpoints of a run on its tasks", "runs/evaluate.gin"),
-    "infer": Verb("t5x_like.commands.infer", "write a model's predictions for a task or a file", "runs/infer.gin"),
+    "train": Verb("t5x_like.commands.train", "train a model, or go on where a run stopped", on_hosts=True),
+    "evaluate": Verb(
+        "t5x_like.commands.evaluate", "score checkpoints of a run on its tasks", "runs/evaluate.gin", on_hosts=True
+    ),
+    "infer": Verb(
+        "t5x_like.commands.infer", "write a model's predictions for a task or a file", "runs/infer.gin", on_hosts=True
+    ),
 }

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from t5x_like.architectures.variables import named_leaves, parameter_name
 from t5x_like.checkpoints import integrity
 from t5x_like.data.loader import Position
+from t5x_like.distributed import same_everywhere
 from t5x_like.errors import RunFailed, UserError
 from t5x_like.training.train_state import TrainState
 from t5x_like.typing import Params, PyTree
@@ -138,11 +139,15 @@ class Checkpoints:
         """
         warnings: list[str] = []
         for step in reversed(self.steps()):
+            restored, wrong = None, f"{self._folder / str(step)}: cannot be read by another process"
             try:
                 self.check_shapes(step, like.params)
-                return Restored(*self.restore(step, like), warnings)
+                restored = self.restore(step, like)
             except CorruptCheckpoint as error:
-                warnings.append(str(error))
+                wrong = str(error)
+            if same_everywhere(restored is not None) and restored is not None:
+                return Restored(*restored, warnings)
+            warnings.append(wrong)
         if warnings:
             raise RunFailed("no checkpoint is whole:\n  " + "\n  ".join(warnings))
         return None

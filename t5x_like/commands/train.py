@@ -14,6 +14,7 @@ from t5x_like.checkpoints.restore import Restore
 from t5x_like.commands import dry_run as dry
 from t5x_like.commands import run_folder
 from t5x_like.data.loader import DatasetConfig, TrainLoader
+from t5x_like.distributed import own_rows
 from t5x_like.layers.linear import default_dtype
 from t5x_like.models.contract import Model
 from t5x_like.models.predictor import Predictor
@@ -71,10 +72,10 @@ def train(
         dry.print_plan(config, model, dataset, trainer, partitioner)
         return
     run_folder.check_config(model_dir, config)
-    loader = TrainLoader(dataset, model.converter, jax.process_index(), jax.process_count())
     batch = run_folder.example_batch(model, dataset, dataset.batch_size)
     batch_sharding = partitioner.sharding("batch")
     check_divisible({name: x.shape for name, x in batch.items()}, dict.fromkeys(batch, batch_sharding))
+    loader = TrainLoader(dataset, model.converter, rows=own_rows(batch_sharding, dataset.batch_size))
     shardings = train_state.state_shardings(model, trainer.optimizer, batch, partitioner)
     like = train_state.abstract(model, trainer.optimizer, batch, shardings)
 
@@ -82,7 +83,8 @@ def train(
         restored = saved.restore_latest(like)
         # Compiled, or read as another run compiled it, while parameters are drawn and the first batch is prepared.
         step = TrainStep(model, trainer.optimizer, trainer.seed, trainer.microbatches)
-        compiling = background.submit(lambda: step.lowered(partitioner, shardings, like, batch).compile())
+        shapes = jax.eval_shape(lambda: batch)  # of the global batch, which no process has in one piece
+        compiling = background.submit(lambda: step.lowered(partitioner, shardings, like, shapes).compile())
         if restored is None:
             state, position, warnings = _first_state(model, trainer, batch, partitioner, restore), None, []
         else:
@@ -93,7 +95,8 @@ def train(
             evaluation = None
             if evaluator is not None:
                 predictor = Predictor(model, partitioner)
-                evaluation = EvaluationHook(evaluator, predictor, eval_period, model_dir, log, early_stopping)
+                start = int(state.step)
+                evaluation = EvaluationHook(evaluator, predictor, eval_period, model_dir, log, early_stopping, start)
             save = SaveHook(saved, checkpoints.save_period, evaluation)
             batches = loader.batches(position)
             first, compiled = next(batches), compiling.result()
@@ -102,7 +105,7 @@ def train(
                 compiled,
                 itertools.chain([first], batches),
                 batch_sharding,
-                _monitor(trainer, log, model_dir, model, like.params, batch),
+                _monitor(trainer, log, model_dir, model, like.params, batch, dataset.batch_size / len(loader.rows)),
                 [save] if evaluation is None else [evaluation, save],
             )
             rest = "" if int(state.step) >= trainer.train_steps else "; the same command goes on from there"
@@ -128,10 +131,13 @@ class EvaluationHook:
     model_dir: str
     log: RunLog
     early_stopping: EarlyStopping | None = None
+    start: int = 0
     history: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.history.update(read_evaluations(self.model_dir))
+        """Reads what was reported so far; past `start` there may be steps that are run again, until process 0 drops them."""
+        reported = read_evaluations(self.model_dir)
+        self.history.update({step: metrics for step, metrics in reported.items() if step <= self.start})
 
     def due(self, progress: Progress) -> bool:
         """At every period and at the end, but not when whoever stops the run is waiting."""
@@ -179,10 +185,12 @@ def _open_log(model_dir: str, trainer: Trainer, step: int, wandb_project: str | 
     return RunLog(model_dir, trainer.train_steps, step, wandb_project)
 
 
-def _monitor(trainer: Trainer, log: RunLog, model_dir: str, model: Model, params: Params, batch: Batch) -> Monitor:
+def _monitor(
+    trainer: Trainer, log: RunLog, model_dir: str, model: Model, params: Params, batch: Batch, parts: float
+) -> Monitor:
     flops = 3.0 * matmul_flops(lambda p, b: model.loss(p, b).loss.total, params, batch)
     peak = matmul_peak(default_dtype()) * run_folder.matmul_devices()
-    return Monitor(trainer, log, model_dir, flops, peak)
+    return Monitor(trainer, log, model_dir, flops, peak, parts)
 
 
 def _write_start(
