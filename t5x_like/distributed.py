@@ -26,7 +26,7 @@ def initialize(
     connect_seconds: int = 300,
     heartbeat_seconds: int = 100,
 ) -> None:
-    """Joins the processes of a job; call it before anything asks JAX for a device. Does nothing in a job of one process.
+    """Joins the processes of a job, before anything asks JAX for a device. Does nothing in a job of one process.
 
     What is not given is taken from `VARIABLES`. Where they say nothing either, JAX looks around: it knows Cloud TPU
     pods, GKE, SLURM and Open MPI.
@@ -42,9 +42,9 @@ def initialize(
       UserError: one of the three is missing or makes no sense.
       RunFailed: not all processes were there in time.
     """
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    given = {name: os.environ.get(VARIABLES[name]) if value is None else value for name, value in given.items()}
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    variables = {name: os.environ[variable] for name, variable in VARIABLES.items() if variable in os.environ}
+    given = variables | {name: value for name, value in options.items() if value is not None}
     if jax.distributed.is_initialized():
         return
     found = _checked(given) if given else _detected()
@@ -75,8 +75,8 @@ def initialize(
             raise RunFailed(f"{where}: {failures[0]}")
         if index == 0:
             raise RunFailed(
-                f"{where}: not all of the others came within {connect_seconds} s. Look at their logs: do they run, with "
-                f"this address and --num_processes={count}, and each with a --process_id of its own?"
+                f"{where}: not all of the others came within {connect_seconds} s. Look at their logs: do they run, "
+                f"with this address and --num_processes={count}, and each with a --process_id of its own?"
             )
         raise RunFailed(
             f"{where}: no connection within {connect_seconds} s. Does process 0 run, is {address} its address as seen "
@@ -171,5 +171,6 @@ def own_rows(sharding: NamedSharding, batch_size: int) -> range | list[int]:
     """
     if jax.process_count() == 1:
         return range(batch_size)
-    parts = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1])).addressable_devices_indices_map((batch_size,))
-    return sorted({row for (part,) in parts.values() for row in range(*part.indices(batch_size))})
+    first = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+    parts = first.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for index in parts if index for row in range(*index[0].indices(batch_size))})

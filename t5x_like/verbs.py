@@ -12,10 +12,27 @@ def _dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", default=argparse.SUPPRESS, help=help)
 
 
+def _rehearse(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--processes", type=int, default=argparse.SUPPRESS, metavar="N", help="of the job; 4 unless given")
+    help = "virtual CPU devices of each; 2 unless given"
+    add("--devices_per_process", type=int, default=argparse.SUPPRESS, metavar="N", help=help)
+    help = (
+        "kill, term, freeze, slow @STEP[:PROCESS], or resize=PROCESSES@STEP; repeatable; one of every kind unless given"
+    )
+    add("--fault", action="append", default=argparse.SUPPRESS, metavar="FAULT", help=help)
+    help = "silence after which a process counts as dead; 20 unless given"
+    add("--patience", type=int, default=argparse.SUPPRESS, metavar="S", help=help)
+    help = "an empty one, for runs and logs; otherwise a temporary one, which stays only where something differs"
+    add("--folder", default=argparse.SUPPRESS, metavar="FOLDER", help=help)
+    add("--json", default=argparse.SUPPRESS, metavar="FILE", help="for the findings")
+
+
 def add_hosts(parser: argparse.ArgumentParser) -> None:
     """Adds the options that make a command one process of several; `distributed.initialize` takes them by name."""
     add = parser.add_argument_group(
-        "one job on several hosts", "On a TPU pod, GKE, SLURM and Open MPI they are found, and on Ray set, by themselves."
+        "one job on several hosts",
+        "On a TPU pod, GKE, SLURM and Open MPI they are found, and on Ray set, by themselves.",
     ).add_argument
     add("--coordinator", default=argparse.SUPPRESS, metavar="HOST:PORT", help="where process 0 listens")
     add("--num_processes", default=argparse.SUPPRESS, type=int, metavar="N", help="of the whole job")
@@ -54,5 +71,11 @@ VERBS = {
     ),
     "infer": Verb(
         "t5x_like.commands.infer", "write a model's predictions for a task or a file", "runs/infer.gin", on_hosts=True
+    ),
+    "rehearse": Verb(
+        "t5x_like.commands.rehearse",
+        "train with several processes on this machine, with faults, and compare with one process",
+        options=_rehearse,
+        on_recipe=True,
     ),
 }

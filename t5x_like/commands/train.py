@@ -135,7 +135,7 @@ class EvaluationHook:
     history: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Reads what was reported so far; past `start` there may be steps that are run again, until process 0 drops them."""
+        """Reads what was reported up to `start`; what is past it will be run again, and process 0 drops it."""
         reported = read_evaluations(self.model_dir)
         self.history.update({step: metrics for step, metrics in reported.items() if step <= self.start})
 
