@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 from jax.experimental import multihost_utils
@@ -159,11 +159,11 @@ def even_share(batch_size: int, index: int, count: int) -> range:
     return range(index * batch_size // count, (index + 1) * batch_size // count)
 
 
-def own_rows(sharding: NamedSharding, batch_size: int) -> range | list[int]:
-    """Rows of a global batch that this process's devices hold, in order: those that it has to feed.
+def own_rows(sharding: NamedSharding, batch_size: int) -> Sequence[int]:
+    """Rows of a global batch that this process has to feed: those that its devices hold, in order.
 
-    Several processes hold the same rows where a model is split over them; and a process may hold rows that lie apart,
-    because a mesh follows the wiring of its devices.
+    Several processes feed the same rows where a model is split over them, and the rows of one may lie apart where a
+    mesh follows the wiring of its devices.
 
     Args:
       sharding: of the batch; its first dimension counts.
@@ -171,6 +171,11 @@ def own_rows(sharding: NamedSharding, batch_size: int) -> range | list[int]:
     """
     if jax.process_count() == 1:
         return range(batch_size)
-    first = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
-    parts = first.addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for index in parts if index for row in range(*index[0].indices(batch_size))})
+    return rows_held(sharding.addressable_devices, sharding, batch_size)
+
+
+def rows_held(devices: Collection[jax.Device], sharding: NamedSharding, batch_size: int) -> list[int]:
+    """Rows of a global batch that some devices hold, in order."""
+    rows = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1])).devices_indices_map((batch_size,))
+    parts = [index[0] for device, index in rows.items() if device in devices and index]
+    return sorted({row for part in parts for row in range(*part.indices(batch_size))})
