@@ -4,6 +4,7 @@ import contextlib
 import json as json_format
 import math
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -98,10 +99,10 @@ def _check(recipe: Recipe, counts: set[int], devices_per_process: int) -> int:
     """Refuses a batch that some number of processes does not divide; returns the steps of the run."""
     if min(counts) < 1 or devices_per_process < 1:
         raise UserError("--processes and --devices_per_process must be at least 1")
-    with contextlib.suppress(RuntimeError):  # JAX has started already, with other devices
-        jax.config.update("jax_num_cpu_devices", max(counts) * devices_per_process)
-        jax.config.update("jax_platforms", "cpu")
-        os.environ["XLA_FLAGS"] = other_flags()
+    most = max(counts) * devices_per_process
+    _start_jax(most)
+    if jax.device_count() < most:
+        raise UserError(f"a rehearsal with {most} devices needs a process of its own: here are {jax.device_count()}")
     for count in sorted(counts):
         with building_for(jax.devices()[: count * devices_per_process]):
             experiment = recipe.build()
@@ -111,10 +112,20 @@ def _check(recipe: Recipe, counts: set[int], devices_per_process: int) -> int:
         rows = experiment.dataset.batch_size
         if rows % ways:
             raise UserError(
-                f"{count} processes x {devices_per_process} devices split a batch {ways} ways, and it has {rows} rows: "
+                f"{count} processes x {devices_per_process} devices split a batch {ways} ways, it has {rows} rows: "
                 f"--gin.BATCH_SIZE={max(1, round(rows / ways)) * ways} would do, or another number of either"
             )
     return experiment.trainer.train_steps
+
+
+def _start_jax(devices: int) -> None:
+    """Gives this process, which computes nothing, at least so many virtual devices to think of, if it has none yet."""
+    asked = re.search(r"device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if asked is None or int(asked[1]) < devices:
+        with contextlib.suppress(RuntimeError):  # JAX has started already
+            jax.config.update("jax_num_cpu_devices", devices)
+            jax.config.update("jax_platforms", "cpu")
+            os.environ["XLA_FLAGS"] = other_flags()
 
 
 @contextlib.contextmanager

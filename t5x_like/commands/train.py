@@ -89,13 +89,12 @@ def train(
             state, position, warnings = _first_state(model, trainer, batch, partitioner, restore), None, []
         else:
             state, position, warnings = restored
-        with _open_log(model_dir, trainer, int(state.step), wandb_project) as log:
+        with _open_log(model_dir, trainer, start := int(state.step), wandb_project) as log:
             _write_start(log, model_dir, config, _facts(state, partitioner, trainer, dataset), warnings)
-            log.message(f"{'resumed at' if restored else 'starting from'} step {int(state.step)} in {model_dir}")
+            log.message(f"{'resumed at' if restored else 'starting from'} step {start} in {model_dir}")
             evaluation = None
             if evaluator is not None:
                 predictor = Predictor(model, partitioner)
-                start = int(state.step)
                 evaluation = EvaluationHook(evaluator, predictor, eval_period, model_dir, log, early_stopping, start)
             save = SaveHook(saved, checkpoints.save_period, evaluation)
             batches = loader.batches(position)
