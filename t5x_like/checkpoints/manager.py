@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,8 @@ from t5x_like.distributed import same_everywhere
 from t5x_like.errors import RunFailed, UserError
 from t5x_like.training.train_state import TrainState
 from t5x_like.typing import Params, PyTree
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,15 +141,11 @@ class Checkpoints:
         """
         warnings: list[str] = []
         for step in reversed(self.steps()):
-            restored, wrong = None, f"{self._folder / str(step)}: cannot be read by another process"
             try:
                 self.check_shapes(step, like.params)
-                restored = self.restore(step, like)
+                return Restored(*self.restore(step, like), warnings)
             except CorruptCheckpoint as error:
-                wrong = str(error)
-            if same_everywhere(restored is not None) and restored is not None:
-                return Restored(*restored, warnings)
-            warnings.append(wrong)
+                warnings.append(str(error))
         if warnings:
             raise RunFailed("no checkpoint is whole:\n  " + "\n  ".join(warnings))
         return None
@@ -163,10 +161,7 @@ class Checkpoints:
             position=ocp.args.JsonRestore(),
             digests=integrity.DigestsRestore(),
         )
-        try:
-            restored = self._manager.restore(step, args=items)
-        except Exception as error:  # whatever Orbax, TensorStore or JSON find wrong with the files
-            raise self._unreadable(step, error) from error
+        restored = self._read(step, lambda: self._manager.restore(step, args=items))
         self._check_digests(step, restored.state, restored.digests)
         return restored.state, restored.position
 
@@ -200,14 +195,19 @@ class Checkpoints:
         return {name: tuple(leaf.shape) for name, leaf in named_leaves(self._metadata(step)["params"])}
 
     def _metadata(self, step: int) -> PyTree:
-        try:
-            return self._manager.item_metadata(step).state.tree
-        except Exception as error:  # as in `restore`
-            raise self._unreadable(step, error) from error
+        return self._read(step, lambda: self._manager.item_metadata(step).state.tree)
 
-    def _unreadable(self, step: int, error: Exception) -> "CorruptCheckpoint":
-        reason = str(error).strip().splitlines()[:1] or [repr(error)]
-        return CorruptCheckpoint(f"{self._folder / str(step)}: cannot be read: {reason[0]}")
+    def _read(self, step: int, read: Callable[[], T]) -> T:
+        """What `read` returns; if it fails in one process, each of which may read other files, it has failed in all."""
+        failure: Exception | None = None
+        try:
+            result = read()
+        except Exception as error:  # whatever Orbax, TensorStore or JSON find wrong with the files
+            failure = error
+        if same_everywhere(failure is None):
+            return result
+        reason = "another process cannot" if failure is None else str(failure).strip().split("\n")[0]
+        raise CorruptCheckpoint(f"{self._folder / str(step)}: cannot be read: {reason or repr(failure)}") from failure
 
     def _check_digests(self, step: int, tree: PyTree, saved: dict[str, int]) -> None:
         changed = integrity.differences(tree, saved)

@@ -83,8 +83,7 @@ def train(
         restored = saved.restore_latest(like)
         # Compiled, or read as another run compiled it, while parameters are drawn and the first batch is prepared.
         step = TrainStep(model, trainer.optimizer, trainer.seed, trainer.microbatches)
-        shapes = jax.eval_shape(lambda: batch)  # of the global batch, which no process has in one piece
-        compiling = background.submit(lambda: step.lowered(partitioner, shardings, like, shapes).compile())
+        compiling = background.submit(lambda: step.lowered(partitioner, shardings, like, batch).compile())
         if restored is None:
             state, position, warnings = _first_state(model, trainer, batch, partitioner, restore), None, []
         else:
