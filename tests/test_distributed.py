@@ -47,6 +47,19 @@ def test_nothing_around_is_one_process(joined: list) -> None:
     assert joined == []
 
 
+def test_one_process_starts_no_device() -> None:
+    script = (
+        "from jax._src import xla_bridge\n"
+        "from t5x_like import distributed\n"
+        "distributed.initialize()\n"
+        "distributed.initialize('host:1', 1, 0)\n"
+        "assert not xla_bridge.backends_are_initialized()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(t5x_like.__file__).parent.parent)}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
 def test_options(joined: list) -> None:
     distributed.initialize("host:99", 4, 3, connect_seconds=30, heartbeat_seconds=12)
     assert found(joined) == [("host:99", 4, 3)]

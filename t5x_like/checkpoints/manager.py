@@ -102,11 +102,18 @@ class Checkpoints:
             "digests": integrity.DigestsHandler(),
         }
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        # Reads without waiting for other processes, so that one that cannot read is not waited for in vain.
+        own = jax.process_index()
+        self._reader = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(**handlers),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own}),
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._reader.close()
         self._manager.close()  # waits for the last save to commit
 
     def steps(self) -> list[int]:
@@ -161,7 +168,8 @@ class Checkpoints:
             position=ocp.args.JsonRestore(),
             digests=integrity.DigestsRestore(),
         )
-        restored = self._read(step, lambda: self._manager.restore(step, args=items))
+        self._manager.wait_until_finished()
+        restored = self._read(step, lambda: self._reader.restore(self._folder / str(step), args=items))
         self._check_digests(step, restored.state, restored.digests)
         return restored.state, restored.position
 
