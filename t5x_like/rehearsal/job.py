@@ -19,6 +19,8 @@ from t5x_like.rehearsal.faults import Fault
 
 POLL_SECONDS = 0.1
 MAX_ATTEMPTS = 4
+END_SECONDS = 15
+"""For a process to end once it has noticed that another one is lost."""
 
 
 class Seen(NamedTuple):
@@ -91,6 +93,8 @@ class Job:
             attempts.append([_read(record) for record in records])
             struck = next((seen.struck for seen in attempts[-1] if seen.struck is not None), None)
             if not any(codes) and any(self.steps in seen.rows for seen in attempts[-1]):
+                if fault is not None and fault.kind != "slow" and len(attempts) == 1:
+                    raise RunFailed(f"{fault}: the run was over before it stopped; give it more steps (TRAIN_STEPS)")
                 return Outcome(self.run_folder, attempts, noticed)
             if struck is None or fault is None or any(codes) != (fault.kind in ("kill", "freeze")):
                 raise self._failure(records, codes)
@@ -144,7 +148,7 @@ class Job:
                 return time.time()
             progress = max([start, *(record.stat().st_mtime for record in records if record.exists())])
             lost = fault is not None and fault.kind in ("kill", "freeze") and _read(records[fault.process]).struck
-            limit = 2 * self.patience + 10 if lost else self.limit
+            limit = self.patience + END_SECONDS if lost else self.limit
             if time.time() - progress > limit:
                 raise RunFailed(f"{self.folder}: no process has done a step or ended for {limit} s; see the logs there")
             time.sleep(POLL_SECONDS)
