@@ -47,7 +47,7 @@ def initialize(
     given = variables | {name: value for name, value in options.items() if value is not None}
     if jax.distributed.is_initialized():
         return
-    found = _checked(given) if given else _detected()
+    found = _checked(given) if given else _detected(connect_seconds)
     if found is None:
         return
     address, count, index = found
@@ -105,21 +105,26 @@ def _checked(given: Mapping[str, str | int]) -> tuple[str, int, int] | None:
     return None if count == 1 else (address, count, index)
 
 
-def _detected() -> tuple[str, int, int] | None:
-    """The same as JAX finds it. Asked first, since its public `initialize` takes no answer for an error.
+def _detected(connect_seconds: int) -> tuple[str, int, int] | None:
+    """The same as JAX finds it. Asked here, since JAX's public `initialize` takes no cluster at all for an error.
 
     A job of one process is left alone: started by SLURM, JAX would let it have one GPU only.
     """
     from jax._src.clusters import ClusterEnv
 
     for cluster in ClusterEnv._cluster_types:
-        if not cluster.opt_in_only_method and cluster.is_env_present():
-            count = cluster.get_process_count()
-            if count == 1:
+        if cluster.opt_in_only_method or not cluster.is_env_present():
+            continue
+        try:
+            if cluster.get_process_count() == 1:
                 return None
             port = os.environ.get("JAX_COORDINATOR_PORT")
-            address = cluster.get_coordinator_address(timeout_secs=300, override_coordinator_port=port)
-            return address, count, cluster.get_process_id()
+            address = cluster.get_coordinator_address(timeout_secs=connect_seconds, override_coordinator_port=port)
+            return address, cluster.get_process_count(), cluster.get_process_id()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise RunFailed(
+                f"one of several processes ({cluster.name}), but where the others are is unclear: {error}"
+            ) from error
     return None
 
 

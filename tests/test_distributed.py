@@ -98,6 +98,16 @@ def test_one_slurm_task_keeps_all_of_its_devices(joined: list, monkeypatch: pyte
     assert joined == []
 
 
+def test_a_cluster_that_describes_itself_badly_is_named(joined: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (SLURM | {"SLURM_NTASKS": "four"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        RunFailed, match=r"one of several processes \(slurm\), but where the others are is unclear: .*four"
+    ):
+        distributed.initialize()
+    assert joined == []
+
+
 def test_gke_as_jax_reads_it(joined: list, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two slices of two hosts, as GKE and xpk describe them; this is host 1 of slice 1."""
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
