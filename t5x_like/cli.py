@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import inspect
 import os
 import pkgutil
 import platform
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 
 import t5x_like
 from t5x_like.errors import RunFailed, UserError, nearest
-from t5x_like.verbs import VERBS, Verb
+from t5x_like.verbs import VERBS, Verb, add_hosts
 
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "GRPC_VERBOSITY": "ERROR"}
 """What keeps TensorFlow, which only reads data here, from talking about processors; the user's own settings win."""
@@ -72,8 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         collect_garbage_rarely()
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compilation_cache())
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    code = _outcome(list(sys.argv[1:] if argv is None else argv))
+    distributed = sys.modules.get("t5x_like.distributed")
+    if code and distributed:
+        distributed.leave(code)
+    return code
+
+
+def _outcome(argv: list[str]) -> int:
+    """The exit code; what went wrong is printed."""
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        _run(argv)
     except SystemExit as done:  # --help, --version
         return int(done.code or 0)
     except UserError as error:
@@ -114,6 +124,11 @@ def _run(argv: list[str]) -> None:
 
     with _without(TENSORFLOW_NOISE):
         config = gin_config.load(f"{verb.module}.{name}", files, bindings, search_paths, allow_imports, others)
+    if verb.on_hosts:
+        from t5x_like import distributed
+
+        hosts = inspect.signature(distributed.initialize).parameters.keys() & options.keys()
+        distributed.initialize(**{name: options.pop(name) for name in hosts})
     gin_config.run(config, **options)
 
 
@@ -187,6 +202,8 @@ def _add_verb(verbs: "argparse._SubParsersAction[_Parser]", name: str, verb: Ver
     add("--gin_search_paths", action="append", default=[], metavar="FOLDERS", help="repeatable, or with commas")
     add("--allow_import", action="append", default=[], metavar="PACKAGE", help="one more that gin files may import")
     verb.options(parser)
+    if verb.on_hosts:
+        add_hosts(parser)
     return parser
 
 

@@ -33,7 +33,11 @@ _digest = jax.jit(digest)  # a program for every shape: one for all arrays takes
 
 def computing(tree: PyTree) -> dict[str, UInt[Array, ""]]:
     """The digest of every array, by name, while the devices may still be at it; the arrays may be donated meanwhile."""
-    return {name: _digest(leaf) for name, leaf in named_leaves(tree)}
+    # Virtual CPU devices share threads: of many programs at once, each needing all devices, none may ever get them all.
+    one_by_one = jax.default_backend() == "cpu" and jax.device_count() > 1
+    return {
+        name: jax.block_until_ready(_digest(leaf)) if one_by_one else _digest(leaf) for name, leaf in named_leaves(tree)
+    }
 
 
 def digests(tree: PyTree) -> dict[str, int]:

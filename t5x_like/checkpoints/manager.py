@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -15,9 +15,12 @@ from jax.experimental import multihost_utils
 from t5x_like.architectures.variables import named_leaves, parameter_name
 from t5x_like.checkpoints import integrity
 from t5x_like.data.loader import Position
+from t5x_like.distributed import same_everywhere
 from t5x_like.errors import RunFailed, UserError
 from t5x_like.training.train_state import TrainState
 from t5x_like.typing import Params, PyTree
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +102,18 @@ class Checkpoints:
             "digests": integrity.DigestsHandler(),
         }
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        # Reads without waiting for other processes, so that one that cannot read is not waited for in vain.
+        own = jax.process_index()
+        self._reader = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(**handlers),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own}),
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._reader.close()
         self._manager.close()  # waits for the last save to commit
 
     def steps(self) -> list[int]:
@@ -158,10 +168,8 @@ class Checkpoints:
             position=ocp.args.JsonRestore(),
             digests=integrity.DigestsRestore(),
         )
-        try:
-            restored = self._manager.restore(step, args=items)
-        except Exception as error:  # whatever Orbax, TensorStore or JSON find wrong with the files
-            raise self._unreadable(step, error) from error
+        self._manager.wait_until_finished()
+        restored = self._read(step, lambda: self._reader.restore(self._folder / str(step), args=items))
         self._check_digests(step, restored.state, restored.digests)
         return restored.state, restored.position
 
@@ -195,14 +203,19 @@ class Checkpoints:
         return {name: tuple(leaf.shape) for name, leaf in named_leaves(self._metadata(step)["params"])}
 
     def _metadata(self, step: int) -> PyTree:
-        try:
-            return self._manager.item_metadata(step).state.tree
-        except Exception as error:  # as in `restore`
-            raise self._unreadable(step, error) from error
+        return self._read(step, lambda: self._manager.item_metadata(step).state.tree)
 
-    def _unreadable(self, step: int, error: Exception) -> "CorruptCheckpoint":
-        reason = str(error).strip().splitlines()[:1] or [repr(error)]
-        return CorruptCheckpoint(f"{self._folder / str(step)}: cannot be read: {reason[0]}")
+    def _read(self, step: int, read: Callable[[], T]) -> T:
+        """What `read` returns; if it fails in one process, each of which may read other files, it has failed in all."""
+        failure: Exception | None = None
+        try:
+            result = read()
+        except Exception as error:  # whatever Orbax, TensorStore or JSON find wrong with the files
+            failure = error
+        if same_everywhere(failure is None):
+            return result
+        reason = "another process cannot" if failure is None else str(failure).strip().split("\n")[0]
+        raise CorruptCheckpoint(f"{self._folder / str(step)}: cannot be read: {reason or repr(failure)}") from failure
 
     def _check_digests(self, step: int, tree: PyTree, saved: dict[str, int]) -> None:
         changed = integrity.differences(tree, saved)

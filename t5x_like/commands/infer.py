@@ -16,6 +16,7 @@ from t5x_like.data import text_files
 from t5x_like.data.loader import DatasetConfig, EvalBatch, eval_batches, weighted_tasks
 from t5x_like.decoding.contract import DecodeFn
 from t5x_like.decoding.greedy import Greedy
+from t5x_like.distributed import own_rows, same_everywhere
 from t5x_like.errors import UserError
 from t5x_like.models.contract import Model
 from t5x_like.models.predictor import Predictor
@@ -79,28 +80,44 @@ def infer(
             return
         params = restore_parameters(checkpoints, step, model, example_batch(model, dataset, 1), partitioner)
     predictor = Predictor(model, partitioner)
+    done = _finished(path.with_name(path.name + ".parts"))
     parts = []
-    for number, (task, batch) in enumerate(_batches(tasks, dataset, model)):
+    for number, (task, batch) in enumerate(_batches(tasks, dataset, predictor)):
         if number % num_shards == shard_index:
             parts.append(path.with_name(path.name + ".parts") / f"{number:08d}.jsonl")
-            if not parts[-1].exists():
+            if number not in done:
                 key = jax.random.fold_in(jax.random.key(seed), number)
                 length = dataset.task_feature_lengths["targets"]
                 found, scores = predictor.generate(params, batch.batch, decoder, length, key)
                 _write(parts[-1], "".join(_rows(task, batch, found.tolist(), scores.tolist())))
-                print(f"{path.name}: batch {number + 1} done", flush=True)
+                _say(f"{path.name}: batch {number + 1} done")
     _join(parts, path)
-    print(f"predictions are in {path}")
+    _say(f"predictions are in {path}")
 
 
 def _output_path(output: str | None, model_dir: str, name: str, step: int | str) -> Path:
     return Path(output) if output else Path(model_dir) / "inference" / f"{name}-{step}.jsonl"
 
 
-def _batches(tasks: list[seqio.Task], dataset: DatasetConfig, model: Model) -> Iterator[tuple[seqio.Task, EvalBatch]]:
+def _batches(
+    tasks: list[seqio.Task], dataset: DatasetConfig, predictor: Predictor
+) -> Iterator[tuple[seqio.Task, EvalBatch]]:
+    rows = own_rows(predictor.partitioner.sharding("batch"), dataset.batch_size)
     for task in tasks:
-        for batch in eval_batches(dataset, task, model.converter, None, jax.process_index(), jax.process_count()):
+        for batch in eval_batches(dataset, task, predictor.model.converter, rows=rows):
             yield task, batch
+
+
+def _finished(folder: Path) -> set[int]:
+    """Batches that an earlier run wrote. Every process looks before any of them writes, so that all skip the same."""
+    found = {int(path.stem) for path in folder.glob("*.jsonl")}
+    same_everywhere(True)
+    return found
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def _rows(task: seqio.Task, batch: EvalBatch, found: list[list[list[int]]], scores: list[list[float]]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from t5x_like.checkpoints.restore import Restore
 from t5x_like.commands import dry_run as dry
 from t5x_like.commands import run_folder
 from t5x_like.data.loader import DatasetConfig, TrainLoader
+from t5x_like.distributed import own_rows
 from t5x_like.layers.linear import default_dtype
 from t5x_like.models.contract import Model
 from t5x_like.models.predictor import Predictor
@@ -72,11 +73,11 @@ def train(
         dry.print_plan(config, model, dataset, trainer, partitioner)
         return
     run_folder.check_config(model_dir, config)
-    loader = TrainLoader(dataset, model.converter, jax.process_index(), jax.process_count())
     batch = example_batch(model, dataset, dataset.batch_size)
-    batch_sharding = partitioner.sharding("batch")
     shardings = train_state.state_shardings(model, trainer.optimizer, batch, partitioner)
     like = train_state.abstract(model, trainer.optimizer, batch, shardings)
+    batch_sharding = partitioner.sharding("batch")
+    loader = TrainLoader(dataset, model.converter, rows=own_rows(batch_sharding, dataset.batch_size))
 
     with Checkpoints(Path(model_dir) / "checkpoints", checkpoints) as saved, ThreadPoolExecutor(1) as background:
         restored = saved.restore_latest(like)
@@ -87,13 +88,13 @@ def train(
             state, position, warnings = _first_state(model, trainer, batch, partitioner, restore), None, []
         else:
             state, position, warnings = restored
-        with _open_log(model_dir, trainer, int(state.step), wandb_project) as log:
+        with _open_log(model_dir, trainer, start := int(state.step), wandb_project) as log:
             _write_start(log, model_dir, config, _facts(state, partitioner, trainer, dataset), warnings)
-            log.message(f"{'resumed at' if restored else 'starting from'} step {int(state.step)} in {model_dir}")
+            log.message(f"{'resumed at' if restored else 'starting from'} step {start} in {model_dir}")
             evaluation = None
             if evaluator is not None:
                 predictor = Predictor(model, partitioner)
-                evaluation = EvaluationHook(evaluator, predictor, eval_period, model_dir, log, early_stopping)
+                evaluation = EvaluationHook(evaluator, predictor, eval_period, model_dir, log, early_stopping, start)
             save = SaveHook(saved, checkpoints.save_period, evaluation)
             batches = loader.batches(position)
             first, compiled = next(batches), compiling.result()
@@ -102,7 +103,7 @@ def train(
                 compiled,
                 itertools.chain([first], batches),
                 batch_sharding,
-                _monitor(trainer, log, model_dir, model, like.params, batch),
+                _monitor(trainer, log, model_dir, model, like.params, batch, dataset.batch_size / len(loader.rows)),
                 [save] if evaluation is None else [evaluation, save],
             )
             rest = "" if int(state.step) >= trainer.train_steps else "; the same command goes on from there"
@@ -128,10 +129,13 @@ class EvaluationHook:
     model_dir: str
     log: RunLog
     early_stopping: EarlyStopping | None = None
+    start: int = 0
     history: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.history.update(read_evaluations(self.model_dir))
+        """Reads what was reported up to `start`; what is past it will be run again, and process 0 drops it."""
+        reported = read_evaluations(self.model_dir)
+        self.history.update({step: metrics for step, metrics in reported.items() if step <= self.start})
 
     def due(self, progress: Progress) -> bool:
         """At every period and at the end, but not when whoever stops the run is waiting."""
@@ -179,10 +183,12 @@ def _open_log(model_dir: str, trainer: Trainer, step: int, wandb_project: str | 
     return RunLog(model_dir, trainer.train_steps, step, wandb_project)
 
 
-def _monitor(trainer: Trainer, log: RunLog, model_dir: str, model: Model, params: Params, batch: Batch) -> Monitor:
+def _monitor(
+    trainer: Trainer, log: RunLog, model_dir: str, model: Model, params: Params, batch: Batch, parts: float
+) -> Monitor:
     flops = 3.0 * matmul_flops(lambda p, b: model.loss(p, b).loss.total, params, batch)
     peak = matmul_peak(default_dtype()) * run_folder.matmul_devices()
-    return Monitor(trainer, log, model_dir, flops, peak)
+    return Monitor(trainer, log, model_dir, flops, peak, parts)
 
 
 def _write_start(

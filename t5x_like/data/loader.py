@@ -29,6 +29,7 @@ import tensorflow as tf
 from t5x_like.data.packing import Example, FeatureConverter, Row, check_lengths
 from t5x_like.data.sources import Ordered
 from t5x_like.data.tasks import registry
+from t5x_like.distributed import even_share
 from t5x_like.errors import UserError
 
 BLOCK = 1024
@@ -154,6 +155,7 @@ class TrainLoader:
         converter: FeatureConverter,
         process_index: int = 0,
         process_count: int = 1,
+        rows: Sequence[int] | None = None,
     ) -> None:
         """Checks the configuration; reads nothing yet.
 
@@ -165,6 +167,7 @@ class TrainLoader:
           converter: makes arrays of examples.
           process_index: this process, from 0.
           process_count: processes that share a global batch.
+          rows: the rows that this process gets instead, ascending; see `distributed.own_rows`.
 
         Raises:
           UserError: a name, split, feature or vocabulary is wrong, or the batch cannot be divided.
@@ -176,11 +179,8 @@ class TrainLoader:
             _check_task(task, config, converter)
         _check_divisible(config.batch_size, math.lcm(config.num_shards, process_count))
         self._shard_rows = config.batch_size // config.num_shards
-        rows = config.batch_size // process_count
-        first, last = process_index * rows, (process_index + 1) * rows - 1
-        self._shards = range(first // self._shard_rows, last // self._shard_rows + 1)
-        skipped = first - self._shards[0] * self._shard_rows  # rows of our first shard that others feed
-        self._own_rows = slice(skipped, skipped + rows)
+        self.rows = even_share(config.batch_size, process_index, process_count) if rows is None else rows
+        self._shards = sorted({row // self._shard_rows for row in self.rows})
 
     def batches(self, position: Position | None = None) -> Iterator[tuple[dict[str, np.ndarray], Position]]:
         """Batches from `position` on.
@@ -204,13 +204,12 @@ class TrainLoader:
     ) -> Iterator[tuple[dict[str, np.ndarray], Position]]:
         """Joins what each shard gives to a batch."""
         while True:
-            rows: list[Row] = []
+            rows: dict[int, Row] = {}
             after: Position = {}
             for shard, stream in shards.items():
-                for _ in range(self._shard_rows):
-                    row, after[str(shard)] = next(stream)
-                    rows.append(row)
-            own, lengths = rows[self._own_rows], self._config.task_feature_lengths
+                for number in range(shard * self._shard_rows, (shard + 1) * self._shard_rows):
+                    rows[number], after[str(shard)] = next(stream)
+            own, lengths = [rows[number] for number in self.rows], self._config.task_feature_lengths
             yield self._converter.convert(own, lengths, self._config.pack), after
 
     def _start(self, shard: int, position: Position | None) -> ShardPosition:
@@ -285,6 +284,7 @@ def eval_batches(
     limit: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[EvalBatch]:
     """One pass over one task, in order and unpacked, whatever `config` says of shuffling, packing and shards.
 
@@ -295,6 +295,7 @@ def eval_batches(
       limit: examples to read at most.
       process_index: this process, from 0.
       process_count: processes that share a global batch; each reads all examples and lays out its own rows.
+      rows: the rows that this process gets instead, as for `TrainLoader`.
 
     Returns:
       Batches, all of the same shape.
@@ -305,9 +306,7 @@ def eval_batches(
     config = dataclasses.replace(config, shuffle=False, num_shards=1)
     _check_task(task, config, converter)
     _check_divisible(config.batch_size, process_count)
-    share = config.batch_size // process_count
-    own_rows = slice(process_index * share, (process_index + 1) * share)
-
+    own_rows = even_share(config.batch_size, process_index, process_count) if rows is None else rows
     features = _features_read(task, converter)
 
     def batches() -> Iterator[EvalBatch]:
@@ -318,8 +317,9 @@ def eval_batches(
             raise _empty(task, config)
         while real:
             tokens = [{name: example[name] for name in features} for example in real]
-            rows = [[example] for example in tokens] + [[]] * (config.batch_size - len(real))
-            batch = converter.convert(rows[own_rows], config.task_feature_lengths, packed=False)
+            all_rows = [[example] for example in tokens] + [[]] * (config.batch_size - len(real))
+            own = [all_rows[number] for number in own_rows]
+            batch = converter.convert(own, config.task_feature_lengths, packed=False)
             yield EvalBatch(batch, real)
             real = list(itertools.islice(examples, config.batch_size))
 
@@ -358,7 +358,7 @@ def host_to_devices(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Shar
     """Joins the rows of all processes into global arrays.
 
     Args:
-      batch: this process's rows, `[batch_size / process_count, length]` by feature name.
+      batch: the rows of the global batch that this process's devices hold, in order, by feature name.
       sharding: of a global `[batch_size, length]` array, e.g. a `NamedSharding` over the mesh's batch axes.
 
     Returns:

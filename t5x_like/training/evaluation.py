@@ -14,6 +14,7 @@ from t5x_like.data.loader import DatasetConfig, EvalBatch, eval_batches, weighte
 from t5x_like.data.metrics import perplexity, unigram_perplexity
 from t5x_like.decoding.contract import DecodeFn
 from t5x_like.decoding.greedy import Greedy
+from t5x_like.distributed import own_rows
 from t5x_like.errors import UserError
 from t5x_like.models.predictor import Predictor
 from t5x_like.typing import Params
@@ -109,8 +110,8 @@ class Evaluator:
         return [vocabulary.decode(tokens.tolist()) for tokens in found[: len(batch.examples), 0]]
 
     def _batches(self, task: seqio.Task, predictor: Predictor) -> Iterator[EvalBatch]:
-        converter = predictor.model.converter
-        return eval_batches(self.dataset, task, converter, self.max_examples, jax.process_index(), jax.process_count())
+        rows = own_rows(predictor.partitioner.sharding("batch"), self.dataset.batch_size)
+        return eval_batches(self.dataset, task, predictor.model.converter, self.max_examples, rows=rows)
 
 
 def _postprocessed(

@@ -116,8 +116,9 @@ class TrainStep:
         self, partitioner: Partitioner, shardings: TrainState, state: TrainState, batch: Batch
     ) -> jax.stages.Lowered:
         """The same program before it is compiled, from arrays or shapes: for whoever asks what memory it takes."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)  # of a batch of all processes
         with partitioner.active():
-            return self._program(partitioner, shardings).lower(state, batch)
+            return self._program(partitioner, shardings).lower(state, shapes)
 
     def _program(self, partitioner: Partitioner, shardings: TrainState) -> jax.stages.Wrapped:
         return jax.jit(

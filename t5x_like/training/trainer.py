@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import resource
 import signal
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import optax
 
 from t5x_like.data.loader import Position, host_to_devices, prefetch
+from t5x_like.distributed import stop_agreed
 from t5x_like.errors import RunFailed, UserError
 from t5x_like.training.run_log import RunLog
 from t5x_like.training.step import StepReport, step_key
@@ -103,9 +105,10 @@ class Trainer:
         with _signals() as interrupted:
             for step, (batch, position) in enumerate(prefetch(batches), start + 1):
                 state, report = step_fn(state, host_to_devices(batch, sharding))
-                last = step == self.train_steps or interrupted()
+                stopped = interrupted(step)
+                last = step == self.train_steps or stopped
                 monitor.add(step, report, batch, last)
-                progress = Progress(step, state, position, last, interrupted())
+                progress = Progress(step, state, position, last, stopped)
                 for hook in hooks:
                     if hook.due(progress):
                         with monitor.paused():
@@ -120,7 +123,13 @@ class Monitor:
     """Reads the reports of steps, logs them, and stops a run that has gone astray."""
 
     def __init__(
-        self, trainer: Trainer, log: RunLog, model_dir: str | Path, flops_per_step: float, peak_flops: float
+        self,
+        trainer: Trainer,
+        log: RunLog,
+        model_dir: str | Path,
+        flops_per_step: float,
+        peak_flops: float,
+        parts: float = 1.0,
     ) -> None:
         """Starts the clock.
 
@@ -130,9 +139,10 @@ class Monitor:
           model_dir: the run's folder; bad batches are saved under `non_finite/` in it.
           flops_per_step: model FLOPs of a step (forward and backward matrix products), all devices together.
           peak_flops: FLOP/s in matrix products that all devices together were measured to reach.
+          parts: how many times the rows that this process feeds make a batch.
         """
         self._trainer, self._log, self._folder = trainer, log, Path(model_dir) / "non_finite"
-        self._flops, self._peak = flops_per_step, peak_flops
+        self._flops, self._peak, self._parts = flops_per_step, peak_flops, parts
         self._pending: tuple[int, StepReport, Mapping[str, np.ndarray], bool] | None = None
         self._clock, self._steps, self._tokens, self._skipped, self._in_a_row = (
             time.perf_counter(),
@@ -153,7 +163,7 @@ class Monitor:
             return
         (step, report, batch, last), self._pending = self._pending, None
         self._steps += 1
-        self._tokens += _count_tokens(batch) * jax.process_count()
+        self._tokens += round(_count_tokens(batch) * self._parts)
         finite = bool(report.finite)  # waits for the step to end
         self._in_a_row = 0 if finite else self._in_a_row + 1
         self._skipped += not finite
@@ -216,25 +226,34 @@ def _count_tokens(batch: Mapping[str, np.ndarray]) -> int:
 
 
 @contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM (a preempted machine) or SIGINT (Ctrl-C) has come; the second one of them is obeyed at once."""
+def _signals() -> Iterator[Callable[[int], bool]]:
+    """Whether to stop after a step because SIGTERM (a preempted machine) or SIGINT (Ctrl-C) has come.
+
+    The second one of them is obeyed at once. Of several processes all stop after the same step.
+    """
     received: list[int] = []
-    handled = (signal.SIGTERM, signal.SIGINT)
+    shared = jax.distributed.is_initialized()
+    handled = (signal.SIGINT,) if shared else (signal.SIGTERM, signal.SIGINT)  # JAX hears SIGTERM for all processes
 
     def handle(number: int, _: object) -> None:
         received.append(number)
         for each in handled:
             signal.signal(each, previous[each])
+        if shared:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def interrupted(step: int) -> bool:
+        return stop_agreed(step) if shared else bool(received)
 
     try:
         previous = {each: signal.getsignal(each) for each in handled}
         for each in handled:
             signal.signal(each, handle)
     except ValueError:  # not in the main thread, as in some notebooks: the interpreter's own handlers stay
-        yield lambda: False
+        yield interrupted
         return
     try:
-        yield lambda: bool(received)
+        yield interrupted
     finally:
         for each in handled:
             signal.signal(each, previous[each])

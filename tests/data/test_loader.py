@@ -204,6 +204,13 @@ def test_global_batches_do_not_depend_on_the_number_of_processes(num_shards: int
             assert union == position
 
 
+def test_a_process_may_feed_rows_that_lie_apart() -> None:
+    """As it has to where a mesh follows the wiring of its devices; here three rows of the second of two shards."""
+    (whole, _), (part, position) = take(MIXED, 1)[0], next(TrainLoader(MIXED, CONVERTER, rows=[4, 6, 7]).batches())
+    assert_same(part, {name: rows[[4, 6, 7]] for name, rows in whole.items()})
+    assert list(position) == ["1"]
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_resuming_anywhere_is_bitwise_equal_to_never_having_stopped() -> None:
     uninterrupted = take(MIXED, 40)
@@ -422,6 +429,13 @@ def test_processes_share_an_evaluation_batch() -> None:
         joined = {name: np.concatenate([part.batch[name] for part in parts]) for name in whole.batch}
         assert_same(joined, whole.batch)
         assert all(len(part.examples) == len(whole.examples) for part in parts)
+
+
+def test_a_process_may_evaluate_rows_that_lie_apart() -> None:
+    settings = dataclasses.replace(MIXED, mixture_or_task_name="loader_plain", batch_size=4)
+    task = seqio.TaskRegistry.get("loader_plain")
+    for whole, part in zip(evaluate(4), eval_batches(settings, task, CONVERTER, rows=[0, 3]), strict=True):
+        assert_same(part.batch, {name: rows[[0, 3]] for name, rows in whole.batch.items()})
 
 
 def test_evaluation_stops_at_the_limit() -> None:
