@@ -11,7 +11,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from t5x_like.typing import Array, Float
 
 
-def product(equation: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+def product(
+    equation: str, x: Float[Array, "..."], y: Float[Array, "..."], sums: str = "float32"
+) -> Float[Array, "..."]:
     """`jnp.einsum(equation, x, y)` of entries in x's dtype, summed up in float32.
 
     JAX's own gradient of such a product multiplies float32 with bfloat16, which no hardware is fast at. Here the
@@ -21,13 +23,15 @@ def product(equation: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Fl
       equation: one letter per dimension; each stands in two of x, y and the result.
       x: says in which dtype entries are multiplied.
       y: rounded to it; a kernel in float32 gets a float32 gradient.
+      sums: the dtype of what is summed up over devices, where a mesh splits a dimension that both have; within a device
+        sums are float32 on all hardware. In x's dtype it is half as much to send.
 
     Returns:
-      float32 (x's dtype, where that is wider).
+      `sums` (x's dtype, where that is wider).
     """
     if x.dtype.itemsize >= 4:
         return jnp.einsum(equation, x, y)
-    return _narrow_product(equation, x, y)
+    return _narrow_product(equation, sums, x, y)
 
 
 def kept(name: str | None, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -35,21 +39,21 @@ def kept(name: str | None, x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x if name is None else checkpoint_name(x, name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _narrow_product(equation: str, x: Array, y: Array) -> Array:
-    return _multiply(equation, x, y.astype(x.dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _narrow_product(equation: str, sums: str, x: Array, y: Array) -> Array:
+    return _multiply(equation, sums, x, y.astype(x.dtype))
 
 
-def _forward(equation: str, x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _multiply(equation, x, y.astype(x.dtype)), (x, y)  # not a call of its own, which would hide from remat
+def _forward(equation: str, sums: str, x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _multiply(equation, sums, x, y.astype(x.dtype)), (x, y)  # not a call of its own, which would hide from remat
 
 
-def _backward(equation: str, factors: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _backward(equation: str, sums: str, factors: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, y = factors
     x_dims, y_dims, out = _dimensions(equation)
     gradient = gradient.astype(x.dtype)
-    by_x = _multiply(f"{out},{y_dims}->{x_dims}", gradient, y.astype(x.dtype))
-    by_y = _multiply(f"{x_dims},{out}->{y_dims}", x, gradient)
+    by_x = _multiply(f"{out},{y_dims}->{x_dims}", sums, gradient, y.astype(x.dtype))
+    by_y = _multiply(f"{x_dims},{out}->{y_dims}", "float32", x, gradient)
     return by_x.astype(x.dtype), by_y.astype(y.dtype)
 
 
@@ -62,7 +66,7 @@ def _dimensions(equation: str) -> tuple[str, str, str]:
     return x, y, out
 
 
-def _multiply(equation: str, x: Array, y: Array) -> Array:
+def _multiply(equation: str, sums: str, x: Array, y: Array) -> Array:
     """An einsum laid out as XLA's CPU backend has a fast bfloat16 product for: rows of the left factor are contiguous.
 
     Left as it is, it turns other layouts into float32 (2.5 times as slow), or fails to run them (jaxlib 0.10.2).
@@ -79,7 +83,7 @@ def _multiply(equation: str, x: Array, y: Array) -> Array:
         (x_dims, x), (y_dims, y) = (y_dims, y), (x_dims, x)
     left, right = ordered(x_dims), y_dims if y_dims.startswith(batch) else ordered(y_dims)
     x, y = (contiguous(jnp.einsum(f"{a}->{b}", f)) for a, b, f in ((x_dims, left, x), (y_dims, right, y)))
-    return jnp.einsum(f"{left},{right}->{out}", x, y, preferred_element_type=jnp.float32)
+    return jnp.einsum(f"{left},{right}->{out}", x, y, preferred_element_type=sums)
 
 
 def contiguous(x: Array) -> Array:
