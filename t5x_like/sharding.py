@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from t5x_like.errors import UserError
@@ -126,9 +127,22 @@ def make_mesh(
             f"does not make {len(devices)} devices; "
             f"let the product be {len(devices)}, or set one axis to -1"
         )
-    shape = tuple(sizes.values())
-    # Follows the wiring of a TPU torus; Auto axes, since make_mesh's own default refuses with_sharding_constraint.
-    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
+    axis_types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)  # JAX's default refuses with_sharding_constraint
+    return Mesh(_wired(tuple(sizes.values()), devices), MESH_AXES, axis_types=axis_types)
+
+
+def _wired(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in the order that suits the wiring of a TPU torus; slices, which are far apart, along `replica`."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise UserError(
+            f"make_mesh: the devices are {slices} slices; let replica, now {shape[0]}, be a multiple of that"
+        )
+    within = (shape[0] // slices, *shape[1:])
+    across = (slices, *(1 for _ in shape[1:]))
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 _active: contextvars.ContextVar["Partitioner | None"] = contextvars.ContextVar("partitioner", default=None)

@@ -84,7 +84,7 @@ class Cost:
 
     def network_seconds(self, network: str) -> float:
         """At full bandwidth, one message after another."""
-        return sum(each.seconds for each in self.traffic if each.network == network)
+        return sum((each.seconds for each in self.traffic if each.network == network), 0.0)
 
     @property
     def seconds(self) -> float:
