@@ -12,6 +12,12 @@ def _dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", default=argparse.SUPPRESS, help=help)
 
 
+def _verify(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--check", nargs="+", action="extend", default=[], metavar="NAME", help="run these checks only")
+    add("--json", dest="json_file", metavar="FILE", help="also write what was found as JSON")
+
+
 class Verb(NamedTuple):
     """A command: the function of the verb's name in `module`, given what `options` adds to the command line.
 
@@ -35,4 +41,5 @@ VERBS = {
     "train": Verb("t5x_like.commands.train", "train a model, or go on where a run stopped"),
     "evaluate": Verb("t5x_like.commands.evaluate", "score checkpoints of a run on its tasks", "runs/evaluate.gin"),
     "infer": Verb("t5x_like.commands.infer", "write a model's predictions for a task or a file", "runs/infer.gin"),
+    "verify": Verb("t5x_like.commands.verify", "prove a config on a small model", options=_verify, on_recipe=True),
 }

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parent.parent
 # A room imports only from rooms before it. gin_config knows errors alone, so that commands and notebooks can use it.
 ROOMS = (
     *("typing", "errors", "gin_config", "sharding", "layers", "architectures", "data", "decoding", "models"),
-    *("training", "checkpoints", "commands", "interactive", "verbs", "cli", "__main__"),
+    *("training", "checkpoints", "verification", "commands", "interactive", "verbs", "cli", "__main__"),
 )
 
 MAX_FILE_LINES = 500

@@ -1,0 +1,157 @@
+"""Checks of what a training step computes: the same loss and gradients, however they are computed.
+
+Every check is a generator over a `Subject`: of names of what it tried, and comparisons.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import jax
+import numpy as np
+
+from t5x_like.architectures.stack import REMAT_POLICIES, LayerStack
+from t5x_like.layers.attention import DotProduct
+from t5x_like.layers.chunked_attention import Chunked
+from t5x_like.models.contract import LossAndMetrics, Model
+from t5x_like.sharding import Partitioner, make_mesh
+from t5x_like.training.step import step_key
+from t5x_like.typing import Batch, Params, PRNGKey
+from t5x_like.verification.changes import changed, fields_of, with_values
+from t5x_like.verification.compare import Comparison, compare, said, same_bits
+from t5x_like.verification.subject import Named, NotApplicable, Subject, call, devices, in_stacks, with_room
+
+Findings: TypeAlias = Iterator[tuple[str, Comparison]]
+"""What a check says, one by one: what it tried, and how that went."""
+
+EQUAL = 1e-5
+"""Two ways of computing the same in float32 differ by less, relative to the largest entry of a tensor ..."""
+FLOOR = 1e-2
+"""... or to this share of the largest gradient of all: some gradients are zero but for rounding."""
+
+BFLOAT16_LOSS = 0.02
+"""How far bfloat16 may be from float32: the loss, relative to it."""
+BFLOAT16_GRADIENT = 0.2
+"""Likewise the gradient by all parameters as one vector, relative to its length."""
+
+
+def equal(found: Named, expected: Named) -> Comparison:
+    """Loss and gradients, equal but for rounding."""
+    largest = max((float(np.abs(x).max(initial=0.0)) for name, x in expected.items() if name != "loss"), default=0.0)
+    return compare(found, expected, EQUAL, FLOOR * largest)
+
+
+def meshes(subject: Subject) -> Findings:
+    """Loss and every gradient on meshes of up to eight devices, with dropout, against one device."""
+    count = len(devices())
+    if count == 1:
+        raise NotApplicable("there is one device; XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight")
+    experts = [f.value for f in fields_of(subject.model) if f.name == "num_experts" and isinstance(f.value, int)]
+    split = math.gcd(count, 4, *experts)
+    rules, fsdp = subject.rules, dataclasses.replace(subject.rules, embed="data")
+    tried = [
+        (f"data={count}", rules, {"data": count}),
+        ("model=2", rules, {"data": 1, "model": 2}),
+        (f"data={count // 2},model=2 FSDP", fsdp, {"data": count // 2, "model": 2}),
+    ]
+    if experts:
+        sizes = {"data": count // split, "expert": split}
+        tried.append((",".join(f"{axis}={size}" for axis, size in sizes.items()), rules, sizes))
+    for name, rules, sizes in tried:
+        mesh = make_mesh(**sizes, devices=devices()[: math.prod(sizes.values())])
+        yield name, equal(subject.gradients(subject.noisy, Partitioner(mesh, rules)), subject.gradients_noisy)
+
+
+def scan(subject: Subject) -> Findings:
+    """Layers under one scan against layers in a loop, from the same parameters, twice the pattern."""
+    deep = dataclasses.replace(subject, model=in_stacks(subject.model, "repeats", 2))
+    deep = subject if deep == subject else deep
+    loop, scanned = (in_stacks(deep.quiet, "scan", scan) for scan in (False, True))
+    if loop == scanned:
+        raise NotApplicable("no LayerStack, so that nothing can be scanned")
+    yield "", equal(deep.gradients(scanned), deep.gradients(loop))
+
+
+def remat(subject: Subject) -> Findings:
+    """Every policy of rematerialisation against the config's, with dropout: keys are the same in the second pass."""
+    configured = {f.value for f in fields_of(subject.model) if f.name == "remat" and isinstance(f.owner, LayerStack)}
+    if not configured:
+        raise NotApplicable("no LayerStack, so that nothing can be recomputed")
+    for policy in (None, *REMAT_POLICIES):
+        if configured != {policy}:
+            model = in_stacks(subject.noisy, "remat", policy)
+            yield policy or "none", equal(subject.gradients(model), subject.gradients_noisy)
+
+
+def microbatches(subject: Subject) -> Findings:
+    """A batch in two parts, one after the other, against the whole of it."""
+    parts = [np.arange(first, len(next(iter(subject.batch.values()))), 2) for first in range(2)]
+    # Rows are put in order, since experts choose among tokens of neighbouring ones.
+    whole = {name: np.asarray(x)[np.concatenate(parts)] for name, x in subject.batch.items()}
+    found = subject.gradients(subject.quiet, microbatches=2)
+    yield "2", equal(found, subject.gradients(subject.quiet, batch=whole))
+    parameters = subject.params_of(subject.noisy)
+    sums = [
+        call(_loss, subject.noisy, parameters, {name: np.asarray(x)[part] for name, x in subject.batch.items()}, key)
+        for part, key in zip(parts, jax.random.split(step_key(subject.seed, 0), 2), strict=True)
+    ]
+    loss = sum(each.loss.total for each in sums) / sum(each.loss.weight for each in sums)
+    found = subject.gradients(subject.noisy, microbatches=2)
+    yield "2, each with its key", equal({"loss": found["loss"]}, {"loss": loss})
+
+
+def attention(subject: Subject) -> Findings:
+    """Attention in blocks, shorter than the sequence too, and with all weights in memory, against the config's form."""
+    forms = {f.value for f in fields_of(subject.model) if isinstance(f.value, Chunked | DotProduct)}
+    if not forms:
+        raise NotApplicable("no layer has attention that could also go block by block")
+    for name, form in {"plain": DotProduct(), "blocks": Chunked(), "blocks of 7 x 5": Chunked(7, 5)}.items():
+        if forms != {form}:
+            model = changed(
+                subject.noisy, lambda f, form=form: form if isinstance(f.value, Chunked | DotProduct) else f.value
+            )
+            yield name, equal(subject.gradients(model), subject.gradients_noisy)
+
+
+def dropout(subject: Subject) -> Findings:
+    """A key changes the loss, through every kind of layer that drops; the same key gives the same bits."""
+    rates = [f for f in fields_of(subject.model) if f.name == "dropout_rate"]
+    if not rates:
+        raise NotApplicable("nothing has a dropout_rate")
+    still = with_values(with_room(subject.noisy), {"jitter_noise": 0.0, "second_threshold": None})
+    params, keys = subject.params_of(still), [jax.random.key(seed) for seed in range(2)]
+
+    def loss(model: Model, key: PRNGKey | None) -> float:
+        return float(call(_loss, model, params, dict(subject.batch), key).loss.mean())
+
+    without = loss(still, None)
+    for kind in dict.fromkeys(type(field.owner) for field in rates):
+        alone = changed(
+            still, lambda f, kind=kind: 0.0 if f.name == "dropout_rate" and type(f.owner) is not kind else f.value
+        )
+        with_keys = [loss(alone, key) for key in keys]
+        acts = len({round(value / without, 6) for value in (without, *with_keys)}) == 3
+        yield f"in {kind.__name__}", said(acts, f"loss {without:.7g} without a key, {with_keys} with two")
+        again = loss(alone, keys[0])
+    yield "same key", same_bits({"loss": again}, {"loss": with_keys[0]})
+
+
+def bfloat16(subject: Subject) -> Findings:
+    """Products of bfloat16 against those of float32: the loss, and the length of what the gradients differ by."""
+    expected = subject.gradients_quiet
+    found = subject.gradients(with_values(subject.quiet, {"dtype": "bfloat16"}))
+    yield "loss", compare({"loss": found["loss"]}, {"loss": expected["loss"]}, BFLOAT16_LOSS)
+    names = [name for name in expected if name != "loss"]
+    gap = _length([found[name] - expected[name] for name in names])
+    length = _length([expected[name] for name in names])
+    yield "gradient", compare({"gradient": length + gap}, {"gradient": length}, BFLOAT16_GRADIENT)
+
+
+def _length(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """Of all of them as one vector."""
+    return np.sqrt(sum((np.square(x, dtype=np.float64).sum() for x in vectors), start=np.float64(0.0)))
+
+
+def _loss(model: Model, params: Params, batch: Batch, key: PRNGKey | None) -> LossAndMetrics:
+    return model.loss(params, batch, key)
