@@ -33,7 +33,12 @@ _digest = jax.jit(digest)  # a program for every shape: one for all arrays takes
 
 def computing(tree: PyTree) -> dict[str, UInt[Array, ""]]:
     """The digest of every array, by name, while the devices may still be at it; the arrays may be donated meanwhile."""
-    return {name: _digest(leaf) for name, leaf in named_leaves(tree)}
+    computed = {}
+    for name, leaf in named_leaves(tree):
+        computed[name] = _digest(leaf)
+        if len(computed[name].devices()) > 1 and jax.default_backend() == "cpu":
+            computed[name].block_until_ready()  # XLA's collectives between CPU devices deadlock when too many are due
+    return computed
 
 
 def digests(tree: PyTree) -> dict[str, int]:

@@ -113,9 +113,9 @@ def _print(console: Console, sheet: Sequence[Outcome]) -> None:
         if outcome.comparison is not None:
             measured = outcome.comparison
             numbers = f"{measured.difference:.1e}", f"{measured.bound:.0e}", f"{measured.margin:.2f}"
-            numbers = ("same bits", "same bits", "1.00") if measured.difference == measured.bound == 0 else numbers
+            numbers = ("0", "exact", "1.00") if measured.bound == measured.difference == 0 else numbers
             table.add_row(outcome.check, _verdict(outcome), *numbers, f"{outcome.seconds:.1f}")
-    console.print(table)
+    Console(width=100, highlight=False).print(table)
     for outcome in sheet:
         if outcome.comparison is None:
             console.print(f"{outcome.check}: {_verdict(outcome)}")

@@ -5,22 +5,26 @@ Every check is a generator over a `Subject`: of names of what it tried, and comp
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from t5x_like.architectures.stack import REMAT_POLICIES, LayerStack
 from t5x_like.layers.attention import DotProduct
 from t5x_like.layers.chunked_attention import Chunked
 from t5x_like.models.contract import LossAndMetrics, Model
 from t5x_like.sharding import Partitioner, make_mesh
-from t5x_like.training.step import step_key
-from t5x_like.typing import Batch, Params, PRNGKey
-from t5x_like.verification.changes import changed, fields_of, with_values
+from t5x_like.training.step import TrainStep
+from t5x_like.training.train_state import TrainState
+from t5x_like.typing import Array, Batch, Params, PRNGKey
+from t5x_like.verification.changes import Field, changed, fields_of, with_values
 from t5x_like.verification.compare import Comparison, compare, said, same_bits
-from t5x_like.verification.subject import Named, NotApplicable, Subject, call, devices, in_stacks, with_room
+from t5x_like.verification.subject import DROPOUT, Named, NotApplicable, Subject, devices, in_stacks
 
 Findings: TypeAlias = Iterator[tuple[str, Comparison]]
 """What a check says, one by one: what it tried, and how that went."""
@@ -90,15 +94,7 @@ def microbatches(subject: Subject) -> Findings:
     # Rows are put in order, since experts choose among tokens of neighbouring ones.
     whole = {name: np.asarray(x)[np.concatenate(parts)] for name, x in subject.batch.items()}
     found = subject.gradients(subject.quiet, microbatches=2)
-    yield "2", equal(found, subject.gradients(subject.quiet, batch=whole))
-    parameters = subject.params_of(subject.noisy)
-    sums = [
-        call(_loss, subject.noisy, parameters, {name: np.asarray(x)[part] for name, x in subject.batch.items()}, key)
-        for part, key in zip(parts, jax.random.split(step_key(subject.seed, 0), 2), strict=True)
-    ]
-    loss = sum(each.loss.total for each in sums) / sum(each.loss.weight for each in sums)
-    found = subject.gradients(subject.noisy, microbatches=2)
-    yield "2, each with its key", equal({"loss": found["loss"]}, {"loss": loss})
+    yield "", equal(found, subject.gradients(subject.quiet, batch=whole))
 
 
 def attention(subject: Subject) -> Findings:
@@ -115,26 +111,56 @@ def attention(subject: Subject) -> Findings:
 
 
 def dropout(subject: Subject) -> Findings:
-    """A key changes the loss, through every kind of layer that drops; the same key gives the same bits."""
-    rates = [f for f in fields_of(subject.model) if f.name == "dropout_rate"]
-    if not rates:
+    """A key acts: in every kind of layer that drops, however layers are run; the same key gives the same bits."""
+    kinds = list(dict.fromkeys(type(field.owner) for field in _rates(subject.model)))
+    if not kinds:
         raise NotApplicable("nothing has a dropout_rate")
-    still = with_values(with_room(subject.noisy), {"jitter_noise": 0.0, "second_threshold": None})
-    params, keys = subject.params_of(still), [jax.random.key(seed) for seed in range(2)]
+    lost = "the loss does not depend on the key"
+    for kind in kinds:
+        yield f"in {kind.__name__}", said(_key_acts(subject, _only(subject, [kind])), lost)
+    stacks = [field.value for field in fields_of(subject.model) if isinstance(field.value, LayerStack)]
+    within = _only(subject, [type(field.owner) for stack in stacks for field in _rates(stack.pattern)])
+    for name, value in (("scan", False), ("scan", True), ("remat", "full")) if stacks else ():
+        yield f"with {name}={value}", said(_key_acts(subject, in_stacks(within, name, value)), lost)
+    yield "with microbatches=2", said(_step_acts(subject, within), lost)
 
-    def loss(model: Model, key: PRNGKey | None) -> float:
-        return float(call(_loss, model, params, dict(subject.batch), key).loss.mean())
+    def losses(key: PRNGKey | None) -> Named:
+        return {"loss": subject.call(_loss, subject.noisy, params, dict(subject.batch), key).loss.total}
 
-    without = loss(still, None)
-    for kind in dict.fromkeys(type(field.owner) for field in rates):
-        alone = changed(
-            still, lambda f, kind=kind: 0.0 if f.name == "dropout_rate" and type(f.owner) is not kind else f.value
-        )
-        with_keys = [loss(alone, key) for key in keys]
-        acts = len({round(value / without, 6) for value in (without, *with_keys)}) == 3
-        yield f"in {kind.__name__}", said(acts, f"loss {without:.7g} without a key, {with_keys} with two")
-        again = loss(alone, keys[0])
-    yield "same key", same_bits({"loss": again}, {"loss": with_keys[0]})
+    params, keys = subject.params_of(subject.noisy), [jax.random.key(seed) for seed in range(2)]
+    first, again, other = losses(keys[0]), losses(keys[0]), losses(keys[1])
+    yield "with another key", said(first != other, f"loss {first['loss']} with both")
+    yield "with the same key", same_bits(again, first)
+
+
+def _rates(tree: object) -> list[Field]:
+    return [field for field in fields_of(tree) if field.name == "dropout_rate"]
+
+
+def _only(subject: Subject, kinds: Sequence[type]) -> Model:
+    """The model with nothing drawn in training but the dropout of these kinds of layers."""
+    return changed(subject.quiet, lambda f: DROPOUT if f.name == "dropout_rate" and type(f.owner) in kinds else f.value)
+
+
+def _key_acts(subject: Subject, model: Model) -> bool:
+    """Whether the loss is made of the key too; nothing is computed to find out."""
+    params, batch = subject.params_of(model), subject.batch
+    return _depends(lambda key: model.loss(params, batch, key).loss.total, jax.random.key(0))
+
+
+def _step_acts(subject: Subject, model: Model) -> bool:
+    """The same of a training step in two parts, whose key is made of the step's number, and nothing else is."""
+    step = TrainStep(model, optax.identity(), subject.seed, microbatches=2)
+    params = subject.params_of(model)
+
+    def loss(number: Array) -> Array:
+        return step(TrainState(number, params, optax.EmptyState()), subject.batch)[1].scalars["loss"]
+
+    return _depends(loss, jnp.zeros((), jnp.int32))
+
+
+def _depends(function: Callable[[Array], Array], argument: Array) -> bool:
+    return bool(dce_jaxpr(jax.make_jaxpr(function)(argument).jaxpr, [True])[1][0])
 
 
 def bfloat16(subject: Subject) -> Findings:

@@ -17,7 +17,7 @@ from t5x_like.typing import Array, Batch, Float, Params, PRNGKey, PyTree
 from t5x_like.verification.changes import changed, fields_of
 from t5x_like.verification.compare import compare
 from t5x_like.verification.equivalences import EQUAL, Findings
-from t5x_like.verification.subject import NotApplicable, Subject, call, in_stacks
+from t5x_like.verification.subject import NotApplicable, Subject, in_stacks
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda x: np.maximum(x, 0.0),
@@ -83,7 +83,7 @@ def record(subject: Subject, model: Model) -> dict[str, tuple[SparseMlp, Seen]]:
         model.loss(params, batch, key)
         return dict(seen)
 
-    arrays = call(run, loop, subject.params_of(loop), dict(subject.batch), step_key(subject.seed, 0))
+    arrays = subject.call(run, loop, subject.params_of(loop), dict(subject.batch), step_key(subject.seed, 0))
     return {name: (layers[name], Seen(*each)) for name, each in arrays.items()}
 
 

@@ -14,7 +14,7 @@ from t5x_like.typing import Array, Batch, Int, Params, PRNGKey
 from t5x_like.verification.changes import fields_of
 from t5x_like.verification.compare import compare, said, same_bits
 from t5x_like.verification.equivalences import EQUAL, Findings
-from t5x_like.verification.subject import Named, NotApplicable, Subject, call
+from t5x_like.verification.subject import Named, NotApplicable, Subject
 
 
 def packing(subject: Subject) -> Findings:
@@ -62,7 +62,7 @@ def decoding(subject: Subject) -> Findings:
         given = np.maximum(batch["decoder_causal_attention"].sum(axis=1) - 1, 0)
     columns = given[:, None] + np.arange(batch["decoder_target_tokens"].shape[1])[None]
     targets = _at(batch["decoder_target_tokens"], columns)
-    found = call(_cached_log_probs, model, subject.params_of(model, batch), batch, targets)
+    found = subject.call(_cached_log_probs, model, subject.params_of(model, batch), batch, targets)
     real = (_at(batch["decoder_loss_weights"], columns) > 0) & (targets > 0)
     expected = {"log-probability": np.where(real, _at(subject.log_probs(model, batch), columns), 0.0)}
     yield "", compare({"log-probability": np.where(real, found, 0.0)}, expected, EQUAL)

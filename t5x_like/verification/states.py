@@ -21,7 +21,7 @@ from t5x_like.typing import Array, Batch, Params
 from t5x_like.verification.compare import compare, same_bits
 from t5x_like.verification.equivalences import EQUAL, Findings
 from t5x_like.verification.layouts import looped
-from t5x_like.verification.subject import NotApplicable, Run, Subject, call, devices, with_room
+from t5x_like.verification.subject import NotApplicable, Run, Subject, devices, with_room
 
 STEPS = 4
 
@@ -78,7 +78,7 @@ def conversion(subject: Subject) -> Findings:
             loaded = huggingface.load(folder, "float32")
         yield f"to {kind} and back", same_bits(looped(loaded.params), subject.params)
         batch = dict(subject.batch)
-        logits = call(_logits, loaded.model, loaded.params, batch), call(_logits, model, params, batch)
+        logits = subject.call(_logits, loaded.model, loaded.params, batch), subject.call(_logits, model, params, batch)
         yield f"{kind}'s logits", compare({"logits": logits[0]}, {"logits": logits[1]}, EQUAL)
         return
     raise NotApplicable(refused[0])

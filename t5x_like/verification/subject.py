@@ -138,7 +138,19 @@ class Subject:
 
     def log_probs(self, model: Model, batch: Batch) -> np.ndarray:
         """Of every target token, given the true ones before it: `[batch, length]`, 0 where none counts."""
-        return call(_log_probs, model, self.params_of(model, batch), dict(batch))
+        return self.call(_log_probs, model, self.params_of(model, batch), dict(batch))
+
+    def call(self, function: Callable[..., PyTree], model: Model, *arguments: PyTree) -> PyTree:
+        """`function(model, *arguments)` on one device, as NumPy arrays; compiled once for equal models."""
+        if function not in self._programs:
+            own = functools.partial(function)  # JAX would share its traces with other subjects
+            self._programs[function] = jax.jit(own, static_argnums=0, compiler_options=QUICKLY)
+        with Partitioner.single_device().active():
+            return jax.device_get(self._programs[function](model, *arguments))
+
+    @functools.cached_property
+    def _programs(self) -> dict[Callable[..., PyTree], Callable[..., PyTree]]:
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,17 +200,6 @@ class Run:
 def devices() -> list[jax.Device]:
     """Those that meshes are made of: a power of two."""
     return jax.devices()[: 2 ** (min(len(jax.devices()), MOST_DEVICES).bit_length() - 1)]
-
-
-def call(function: Callable[..., PyTree], model: Model, *arguments: PyTree) -> PyTree:
-    """`function(model, *arguments)` on one device, as NumPy arrays; compiled once for equal models."""
-    with Partitioner.single_device().active():
-        return jax.device_get(_compiled(function)(model, *arguments))
-
-
-@functools.cache
-def _compiled(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    return jax.jit(function, static_argnums=0, compiler_options=QUICKLY)
 
 
 def _log_probs(model: Model, params: Params, batch: Batch) -> Array:
