@@ -6,7 +6,7 @@ in pairs of equal lengths, so that both halves of a batch in turns (two microbat
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import jax
@@ -58,7 +58,7 @@ class Source:
             rows += [[self.example(rng, each) for each in sizes] for _ in range(2)]
         return [*rows, [], []]
 
-    def batch(self, rows: list[Row], packed: bool) -> Batch:
+    def batch(self, rows: Sequence[Row], packed: bool) -> Batch:
         """Rows as the model reads them; the first token of each is global where a network has such."""
         batch: dict[str, np.ndarray] = self.model.converter.convert(rows, self.lengths, packed)
         if any(field.name == "max_global" and field.value for field in fields_of(self.model)):

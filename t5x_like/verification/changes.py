@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def fields_of(value: object) -> Iterator[Field]:
 def changed(value: T, change: Change) -> T:
     """A copy of a tree of dataclasses in which every field holds what `change` says."""
     if type(value) is tuple:
-        return type(value)(changed(part, change) for part in value)
+        return cast(T, tuple(changed(part, change) for part in cast(tuple[object, ...], value)))
     new = {}
     for name in _names(value):
         old = getattr(value, name)

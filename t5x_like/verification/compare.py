@@ -79,7 +79,12 @@ def same_bits(found: PyTree, expected: PyTree) -> Comparison:
 
 
 def _leaves(tree: PyTree) -> Mapping[str, np.ndarray]:
-    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(jax.device_get(tree))}
+    parts = tree if isinstance(tree, Mapping) else {"": tree}  # in its own order; JAX would sort it
+    arrays = {
+        f"{part}/{name}".strip("/"): np.asarray(leaf)
+        for part, subtree in parts.items()
+        for name, leaf in named_leaves(jax.device_get(subtree))
+    }
     return {name: x if x.dtype.kind in "fc" else x.astype(np.float64) for name, x in arrays.items()}
 
 

@@ -102,12 +102,18 @@ def attention(subject: Subject) -> Findings:
     forms = {f.value for f in fields_of(subject.model) if isinstance(f.value, Chunked | DotProduct)}
     if not forms:
         raise NotApplicable("no layer has attention that could also go block by block")
-    for name, form in {"plain": DotProduct(), "blocks": Chunked(), "blocks of 7 x 5": Chunked(7, 5)}.items():
+    tried: dict[str, Chunked | DotProduct] = {
+        "plain": DotProduct(),
+        "blocks": Chunked(),
+        "blocks of 7x5": Chunked(7, 5),
+    }
+    for name, form in tried.items():
         if forms != {form}:
-            model = changed(
-                subject.noisy, lambda f, form=form: form if isinstance(f.value, Chunked | DotProduct) else f.value
-            )
-            yield name, equal(subject.gradients(model), subject.gradients_noisy)
+            yield name, equal(subject.gradients(_attending_by(subject.noisy, form)), subject.gradients_noisy)
+
+
+def _attending_by(model: Model, form: Chunked | DotProduct) -> Model:
+    return changed(model, lambda f: form if isinstance(f.value, Chunked | DotProduct) else f.value)
 
 
 def dropout(subject: Subject) -> Findings:
@@ -144,17 +150,17 @@ def _only(subject: Subject, kinds: Sequence[type]) -> Model:
 
 def _key_acts(subject: Subject, model: Model) -> bool:
     """Whether the loss is made of the key too; nothing is computed to find out."""
-    params, batch = subject.params_of(model), subject.batch
+    params, batch = jax.tree.map(jnp.asarray, (subject.params_of(model), dict(subject.batch)))
     return _depends(lambda key: model.loss(params, batch, key).loss.total, jax.random.key(0))
 
 
 def _step_acts(subject: Subject, model: Model) -> bool:
     """The same of a training step in two parts, whose key is made of the step's number, and nothing else is."""
     step = TrainStep(model, optax.identity(), subject.seed, microbatches=2)
-    params = subject.params_of(model)
+    params, batch = jax.tree.map(jnp.asarray, (subject.params_of(model), dict(subject.batch)))
 
     def loss(number: Array) -> Array:
-        return step(TrainState(number, params, optax.EmptyState()), subject.batch)[1].scalars["loss"]
+        return step(TrainState(number, params, optax.EmptyState()), batch)[1].scalars["loss"]
 
     return _depends(loss, jnp.zeros((), jnp.int32))
 

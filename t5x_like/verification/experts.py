@@ -100,6 +100,7 @@ def reference(layer: SparseMlp, seen: Seen) -> Mapped:
     Fedus et al. 2021 (equations 1 to 3), Lepikhin et al. 2021 (several choices), Riquelme et al. 2021 (priority),
     Zhou et al. 2022 (experts that choose), Roller et al. 2021 (hashing).
     """
+    assert isinstance(layer.expert, Experts)  # as `sparse` has made sure
     batch, length, width = seen.x.shape
     rows = _rows_per_group(layer.group_size, batch, length)
     x, real, ids = (
@@ -151,11 +152,8 @@ def _chosen_by_tokens(choose: TopK, p: np.ndarray, tokens: Sequence[int], capaci
 
 def _chosen_by_experts(p: np.ndarray, tokens: Sequence[int], capacity: int) -> list[Place]:
     """Every expert takes the tokens that like it best."""
-    return [
-        Place(s, expert, float(p[s, expert]))
-        for expert in range(p.shape[1])
-        for s in sorted(tokens, key=lambda s, expert=expert: -p[s, expert])[:capacity]
-    ]
+    ranked = [sorted(tokens, key=list(-likes).__getitem__) for likes in p.T]
+    return [Place(s, e, float(p[s, e])) for e, ranking in enumerate(ranked) for s in ranking[:capacity]]
 
 
 def _hashed(seed: int, ids: np.ndarray, real: np.ndarray, experts: int, capacity: int) -> list[Place]:
@@ -175,7 +173,7 @@ def _hashed(seed: int, ids: np.ndarray, real: np.ndarray, experts: int, capacity
 
 def _expert(experts: Experts, params: Params, expert: int, x: np.ndarray) -> np.ndarray:
     names = ["wi"] if len(experts.activations) == 1 else [f"wi_{i}" for i in range(len(experts.activations))]
-    hidden = 1.0
+    hidden = np.ones(())
     for name, activation in zip(names, experts.activations, strict=True):
         hidden = hidden * ACTIVATIONS[activation](x @ np.asarray(params[name]["kernel"][expert], np.float64))
     return hidden @ np.asarray(params["wo"]["kernel"][expert], np.float64)

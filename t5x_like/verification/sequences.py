@@ -21,7 +21,7 @@ def packing(subject: Subject) -> Findings:
     """Examples that share rows against the same examples in rows of their own: the log-probability of every target."""
     rows = _packed_rows(subject)
     together = _by_example(subject, rows)
-    alone = [[example] for row in rows for example in row]
+    alone: list[Row] = [[example] for row in rows for example in row]
     batch = subject.source.batch(alone, packed=False)
     log_probs = subject.log_probs(subject.roomy, batch)
     real = np.asarray(batch["decoder_target_tokens"]) > 0

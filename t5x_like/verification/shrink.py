@@ -71,8 +71,8 @@ def shrink(model: Model, lengths: Mapping[str, int]) -> Small:
         return new
 
     small = changed(model, change)
-    notes |= {f"length of {name} {lengths[name]} -> {new}": None for name, new in small_lengths.items()}
-    return Small(small, small_lengths, list(notes))
+    cut = [f"length of {name} {lengths[name]} -> {new}" for name, new in small_lengths.items() if new != lengths[name]]
+    return Small(small, small_lengths, [*notes, *cut])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +155,6 @@ def _sequences(model: Model, lengths: Mapping[str, int]) -> list[int]:
     return [x.shape[-1] for name, x in batch.items() if name.endswith("input_tokens")]
 
 
-def _multiple(unit: int, size: float) -> int:
+def _multiple(unit: int, size: int | float) -> int:
     """The multiple of `unit` that is nearest, but 0 for 0 alone."""
     return max(round(size / unit), 1 if size > 0 else 0) * unit

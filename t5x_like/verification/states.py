@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_like.checkpoints import huggingface
+from t5x_like.checkpoints.huggingface.family import AnyModel
 from t5x_like.checkpoints.manager import CheckpointPolicy, Checkpoints
 from t5x_like.errors import UserError
 from t5x_like.models.contract import Model
@@ -18,10 +19,11 @@ from t5x_like.sharding import Partitioner, make_mesh
 from t5x_like.training.step import TrainStep
 from t5x_like.training.train_state import TrainState
 from t5x_like.typing import Array, Batch, Params
+from t5x_like.verification.changes import with_values
 from t5x_like.verification.compare import compare, same_bits
 from t5x_like.verification.equivalences import EQUAL, Findings
 from t5x_like.verification.layouts import looped
-from t5x_like.verification.subject import NotApplicable, Run, Subject, devices, with_room
+from t5x_like.verification.subject import NotApplicable, Run, Subject, devices
 
 STEPS = 4
 
@@ -62,11 +64,14 @@ def restore(subject: Subject) -> Findings:
 
 def conversion(subject: Subject) -> Findings:
     """A Hugging Face folder written and read: parameters bit by bit, and the logits of the model that was read."""
-    # Hugging Face's experts have a fixed capacity; converting does not ask how large.
-    model, network = with_room(subject.quiet), getattr(subject.model, "network", None)
-    kinds = [kind for family in huggingface.FAMILIES if family.network is type(network) for kind in family.classes]
-    if not kinds:
+    # Hugging Face's experts have a fixed capacity for every sequence; where all tokens have room, that is the same.
+    model = with_values(subject.roomy, {"group_size": None})
+    network = getattr(model, "network", None)
+    families = [family for family in huggingface.FAMILIES if family.network is type(network)]
+    if not families or not isinstance(model, AnyModel):
         raise NotApplicable(f"Hugging Face has no {type(network or model).__name__} that is known here")
+    # What `save` would take it for comes first: its reason is the one to tell.
+    kinds = dict.fromkeys([*(f.kind(network) for f in families), *(kind for f in families for kind in f.classes)])
     params, refused = subject.params_of(model), []
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:

@@ -190,7 +190,8 @@ class Run:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         """One step; takes the memory of `state`."""
-        return self.program(state, host_to_devices(batch, self.partitioner.sharding("batch")))
+        arrays = {name: np.asarray(x) for name, x in batch.items()}
+        return self.program(state, host_to_devices(arrays, self.partitioner.sharding("batch")))
 
     def _fresh(self, params: Params) -> PyTree:
         with Partitioner.single_device().active():
