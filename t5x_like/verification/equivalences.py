@@ -109,7 +109,7 @@ def attention(subject: Subject) -> Findings:
     }
     for name, form in tried.items():
         if forms != {form}:
-            yield name, equal(subject.gradients(_attending_by(subject.noisy, form)), subject.gradients_noisy)
+            yield name, equal(subject.gradients(_attending_by(subject.quiet, form)), subject.gradients_quiet)
 
 
 def _attending_by(model: Model, form: Chunked | DotProduct) -> Model:
