@@ -175,6 +175,7 @@ def bfloat16(subject: Subject) -> Findings:
     found = subject.gradients(with_values(subject.quiet, {"dtype": "bfloat16"}))
     yield "loss", compare({"loss": found["loss"]}, {"loss": expected["loss"]}, BFLOAT16_LOSS)
     names = [name for name in expected if name != "loss"]
+    # As vectors, since single entries may be zero, and a token near the border between two experts may change sides.
     gap = _length([found[name] - expected[name] for name in names])
     length = _length([expected[name] for name in names])
     yield "gradient", compare({"gradient": length + gap}, {"gradient": length}, BFLOAT16_GRADIENT)

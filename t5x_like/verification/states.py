@@ -70,8 +70,7 @@ def conversion(subject: Subject) -> Findings:
     families = [family for family in huggingface.FAMILIES if family.network is type(network)]
     if not families or not isinstance(model, AnyModel):
         raise NotApplicable(f"Hugging Face has no {type(network or model).__name__} that is known here")
-    # What `save` would take it for comes first: its reason is the one to tell.
-    kinds = dict.fromkeys([*(f.kind(network) for f in families), *(kind for f in families for kind in f.classes)])
+    kinds = [kind for family in families for kind in family.classes]
     params, refused = subject.params_of(model), []
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +85,8 @@ def conversion(subject: Subject) -> Findings:
         logits = subject.call(_logits, loaded.model, loaded.params, batch), subject.call(_logits, model, params, batch)
         yield f"{kind}'s logits", compare({"logits": logits[0]}, {"logits": logits[1]}, EQUAL)
         return
-    raise NotApplicable(refused[0])
+    others = f" (nor {', '.join(kinds[1:])})" if kinds[1:] else ""
+    raise NotApplicable(refused[0] + others)
 
 
 def _run(subject: Subject, partitioner: Partitioner) -> Run:

@@ -24,7 +24,7 @@ from t5x_like.verification.batches import Source
 from t5x_like.verification.changes import Field, changed, with_values
 from t5x_like.verification.layouts import laid_out, looped
 
-QUICKLY: dict[str, bool | str] = {"xla_backend_optimization_level": "0"}
+QUICKLY: dict[str, bool | str] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
 """Small programs compile for longer than they compute."""
 
 DROPOUT = 0.1
