@@ -57,7 +57,7 @@ def verify(recipe: Recipe, check: Sequence[str] = (), json_file: str | None = No
     seconds = f"in {time.perf_counter() - start:.0f} s on {jax.device_count()} {jax.devices()[0].platform} devices"
     if failed:
         raise RunFailed(f"{len(failed)} of {len(ran)} {seconds}: {', '.join(failed)}")
-    console.print(f"all {len(ran)} passed {seconds}")
+    console.print(f"all {len(ran)} passed {seconds}" if ran else "nothing that was asked for applies")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,11 +59,12 @@ class Source:
         return [*rows, [], []]
 
     def batch(self, rows: Sequence[Row], packed: bool) -> Batch:
-        """Rows as the model reads them; the first token of each is global where a network has such."""
+        """Rows as the model reads them; the first token of each example is global where a network has such."""
         batch: dict[str, np.ndarray] = self.model.converter.convert(rows, self.lengths, packed)
         if any(field.name == "max_global" and field.value for field in fields_of(self.model)):
-            batch["global_attention_mask"] = np.zeros_like(batch["encoder_input_tokens"])
-            batch["global_attention_mask"][..., 0] = 1
+            tokens = batch["encoder_input_tokens"]
+            places = batch.get("encoder_positions", np.broadcast_to(np.arange(tokens.shape[-1]), tokens.shape))
+            batch["global_attention_mask"] = ((places == 0) & (tokens != 0)).astype(np.int32)
         return batch
 
     def example(self, rng: np.random.Generator, sizes: Sizes) -> Example:

@@ -18,6 +18,7 @@ from t5x_like.architectures.stack import REMAT_POLICIES, LayerStack
 from t5x_like.layers.attention import DotProduct
 from t5x_like.layers.chunked_attention import Chunked
 from t5x_like.models.contract import LossAndMetrics, Model
+from t5x_like.models.distillation import DistilledModel
 from t5x_like.sharding import Partitioner, make_mesh
 from t5x_like.training.step import TrainStep
 from t5x_like.training.train_state import TrainState
@@ -118,13 +119,14 @@ def _attending_by(model: Model, form: Chunked | DotProduct) -> Model:
 
 def dropout(subject: Subject) -> Findings:
     """A key acts: in every kind of layer that drops, however layers are run; the same key gives the same bits."""
-    kinds = list(dict.fromkeys(type(field.owner) for field in _rates(subject.model)))
+    trained = subject.model.student if isinstance(subject.model, DistilledModel) else subject.model
+    kinds = list(dict.fromkeys(type(field.owner) for field in _rates(trained)))
     if not kinds:
         raise NotApplicable("nothing has a dropout_rate")
     lost = "the loss does not depend on the key"
     for kind in kinds:
         yield f"in {kind.__name__}", said(_key_acts(subject, _only(subject, [kind])), lost)
-    stacks = [field.value for field in fields_of(subject.model) if isinstance(field.value, LayerStack)]
+    stacks = [field.value for field in fields_of(trained) if isinstance(field.value, LayerStack)]
     within = _only(subject, [type(field.owner) for stack in stacks for field in _rates(stack.pattern)])
     for name, value in (("scan", False), ("scan", True), ("remat", "full")) if stacks else ():
         yield f"with {name}={value}", said(_key_acts(subject, in_stacks(within, name, value)), lost)

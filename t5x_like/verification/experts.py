@@ -36,6 +36,14 @@ class Place(NamedTuple):
     gate: float
 
 
+class Recorded(NamedTuple):
+    """A sparse layer, whether it was called as in training, and what for."""
+
+    layer: SparseMlp
+    training: bool
+    seen: "Seen"
+
+
 class Seen(NamedTuple):
     """What a sparse layer was given, and what it made of it."""
 
@@ -56,14 +64,14 @@ def sparse(subject: Subject) -> Findings:
                 raise NotApplicable(f"no reference for {type(part).__name__}")
         if not isinstance(layer.router.choose, TopK | ExpertChoice):
             raise NotApplicable(f"no reference for {type(layer.router.choose).__name__}")
-    seen = record(subject, subject.quiet)
-    expected = {name: reference(layer, each).y for name, (layer, each) in seen.items()}
-    yield "", compare({name: each.y for name, (_, each) in seen.items()}, expected, EQUAL)
+    recorded = record(subject, subject.quiet)
+    expected = {name: reference(each).y for name, each in recorded.items()}
+    yield "", compare({name: each.seen.y for name, each in recorded.items()}, expected, EQUAL)
 
 
-def record(subject: Subject, model: Model) -> dict[str, tuple[SparseMlp, Seen]]:
+def record(subject: Subject, model: Model) -> dict[str, Recorded]:
     """What every sparse layer does in a training step, by its name in a loop."""
-    layers: dict[str, SparseMlp] = {}
+    layers: dict[str, tuple[SparseMlp, bool]] = {}
     seen: dict[str, Seen] = {}
 
     def watched(layer: SparseMlp) -> SparseMlp:
@@ -71,7 +79,8 @@ def record(subject: Subject, model: Model) -> dict[str, tuple[SparseMlp, Seen]]:
             def __call__(self, x: Float[Array, "batch length M"], tokens: Tokens) -> Float[Array, "batch length M"]:
                 y = super().__call__(x, tokens)
                 name = "/".join(self.path)
-                layers[name], seen[name] = layer, Seen(self.variables["params"], x, tokens, y)
+                layers[name] = layer, self.has_rng("dropout")  # a teacher is called as in evaluation
+                seen[name] = Seen(self.variables["params"], x, tokens, y)
                 return y
 
         return Watched(layer.expert, layer.router, layer.capacity, layer.group_size)
@@ -84,7 +93,7 @@ def record(subject: Subject, model: Model) -> dict[str, tuple[SparseMlp, Seen]]:
         return dict(seen)
 
     arrays = subject.call(run, loop, subject.params_of(loop), dict(subject.batch), step_key(subject.seed, 0))
-    return {name: (layers[name], Seen(*each)) for name, each in arrays.items()}
+    return {name: Recorded(*layers[name], Seen(*each)) for name, each in arrays.items()}
 
 
 class Mapped(NamedTuple):
@@ -94,12 +103,13 @@ class Mapped(NamedTuple):
     dropped: int
 
 
-def reference(layer: SparseMlp, seen: Seen) -> Mapped:
-    """What a layer's output is to be, from what it was given in training.
+def reference(recorded: Recorded) -> Mapped:
+    """What a layer's output is to be, from what it was given.
 
     Fedus et al. 2021 (equations 1 to 3), Lepikhin et al. 2021 (several choices), Riquelme et al. 2021 (priority),
     Zhou et al. 2022 (experts that choose), Roller et al. 2021 (hashing).
     """
+    layer, training, seen = recorded
     assert isinstance(layer.expert, Experts)  # as `sparse` has made sure
     batch, length, width = seen.x.shape
     rows = _rows_per_group(layer.group_size, batch, length)
@@ -108,7 +118,7 @@ def reference(layer: SparseMlp, seen: Seen) -> Mapped:
         for each in (seen.x, seen.tokens.real, seen.tokens.ids)
     )
     count, size = layer.expert.num_experts, rows * length
-    capacity = size if layer.capacity is None else layer.capacity(size, count, layer.router.choose.choices, True)
+    capacity = size if layer.capacity is None else layer.capacity(size, count, layer.router.choose.choices, training)
     y, dropped = np.zeros(x.shape), 0
     for g in range(len(x)):
         if isinstance(layer.router, HashRouter):

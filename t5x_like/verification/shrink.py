@@ -81,12 +81,10 @@ class _Sizes:
 
     Attributes:
       embed_dims: its widths, ascending: a student's may differ from its teacher's.
-      vocab: its largest vocabulary.
       ids: its ids that do not fit into the small one, ascending.
     """
 
     embed_dims: tuple[int, ...]
-    vocab: int
     ids: tuple[int, ...]
 
     @classmethod
@@ -97,7 +95,7 @@ class _Sizes:
             return {f.value for f in fields if f.name in names and isinstance(f.value, int)}
 
         ids = (value for value in values(*IDS) if value >= VOCAB)
-        return cls(tuple(sorted(values("embed_dim"))), max(values("vocab_size"), default=0), tuple(sorted(ids)))
+        return cls(tuple(sorted(values("embed_dim"))), tuple(sorted(ids)))
 
     def smaller(self, field: Field, before: list[int], after: list[int]) -> object:
         """What a field is to hold, given the lengths of the sequences that networks see, before and after."""
@@ -116,8 +114,8 @@ class _Sizes:
         if name in IDS:
             return VOCAB - len(self.ids) + self.ids.index(value) if value in self.ids else value
         if name == "head_dim":
-            share = value * int(getattr(owner, "num_heads", 1)) / self._narrowest
-            return _multiple(4, EMBED * min(share, 4.0) / HEADS)
+            heads = int(getattr(owner, "num_heads", HEADS))
+            return _multiple(4, EMBED * min(value * heads / self._narrowest, 4.0) / min(heads, HEADS))
         if name == "slots":
             return max(2, value * max(after) // max(before))
         if name == "group_size":  # no more rows of the shorter sequences, lest groups be too few for a mesh

@@ -136,7 +136,7 @@ def test_a_transposed_router_kernel(monkeypatch: Plant) -> None:
     assert first(experts.sparse(subject)).passed
     seen = experts.record(subject, subject.quiet)
     assert seen.keys() == {"encoder/layers_1/mlp", "decoder/layers_1/mlp"}
-    assert all(experts.reference(*each).dropped > 5 for each in seen.values())  # so that dropping is checked too
+    assert all(experts.reference(each).dropped > 5 for each in seen.values())  # so that dropping is checked too
     monkeypatch.setattr(routing, "Linear", TransposedLinear)
     assert caught(first(experts.sparse(switch())), "decoder/layers_1/mlp[")
 
