@@ -127,10 +127,11 @@ def dropout(subject: Subject) -> Findings:
     for kind in kinds:
         yield f"in {kind.__name__}", said(_key_acts(subject, _only(subject, [kind])), lost)
     stacks = [field.value for field in fields_of(trained) if isinstance(field.value, LayerStack)]
-    within = _only(subject, [type(field.owner) for stack in stacks for field in _rates(stack.pattern)])
-    for name, value in (("scan", False), ("scan", True), ("remat", "full")) if stacks else ():
-        yield f"with {name}={value}", said(_key_acts(subject, in_stacks(within, name, value)), lost)
-    yield "with microbatches=2", said(_step_acts(subject, within), lost)
+    layers = [type(field.owner) for stack in stacks for field in _rates(stack.pattern)]
+    for name, value in (("scan", False), ("scan", True), ("remat", "full")) if layers else ():
+        acts = _key_acts(subject, in_stacks(_only(subject, layers), name, value))
+        yield f"with {name}={value}", said(acts, lost)
+    yield "with microbatches=2", said(_step_acts(subject, _only(subject, kinds)), lost)
 
     def losses(key: PRNGKey | None) -> Named:
         return {"loss": subject.call(_loss, subject.noisy, params, dict(subject.batch), key).loss.total}
