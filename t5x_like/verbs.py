@@ -59,6 +59,12 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
     add("--heartbeat_seconds", default=argparse.SUPPRESS, type=int, metavar="S", help=help)
 
 
+def _verify(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--check", nargs="+", action="extend", default=[], metavar="NAME", help="run these checks only")
+    add("--json", dest="json_file", metavar="FILE", help="also write what was found as JSON")
+
+
 class Verb(NamedTuple):
     """A command: the function of the verb's name in `module`, given what `options` adds to the command line.
 
@@ -94,6 +100,7 @@ VERBS = {
         options=_plan,
         on_recipe=True,
     ),
+    "verify": Verb("t5x_like.commands.verify", "prove a config on a small model", options=_verify, on_recipe=True),
     "rehearse": Verb(
         "t5x_like.commands.rehearse",
         "train with several processes on this machine, with faults, and compare with one process",

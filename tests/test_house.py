@@ -17,8 +17,8 @@ REPOSITORY = Path(__file__).parent.parent
 # A room imports only from rooms before it. gin_config knows errors alone, so that commands and notebooks can use it.
 ROOMS = (
     *("typing", "errors", "gin_config", "sharding", "distributed", "layers", "architectures", "data", "decoding"),
-    *("models", "training", "checkpoints", "recipe", "planning", "rehearsal", "commands", "interactive", "verbs"),
-    *("cli", "__main__"),
+    *("models", "training", "checkpoints", "recipe", "planning", "verification", "rehearsal", "commands"),
+    *("interactive", "verbs", "cli", "__main__"),
 )
 
 MAX_FILE_LINES = 500
