@@ -68,6 +68,11 @@ class Recipe:
         config = self.load()
         return parameter in config.bound(config.command)
 
+    def macro(self, name: str) -> object:
+        """The value that a macro is defined as; None without one."""
+        defined = self.load().bindings.get((name, "gin.macro"), {})
+        return defined["value"].value if defined else None
+
     def arguments(self, *bindings: str) -> list[str]:
         """What stands behind `t5x_like VERB` on a command line; `bindings` override."""
         options = {"gin_file": self.files, "gin_search_paths": self.search_paths, "allow_import": self.allow_imports}

@@ -113,7 +113,7 @@ def measure(recipe: Recipe, topology: str | None, choice: Choice) -> Plan:
     plan = Plan(target.name, len(target.devices), choice, mesh, memory_limit_gib=target.chip.memory_gib)
     try:
         job = Job.of(recipe, target, choice)
-        plan = _described(plan, job, target)
+        plan = _described(plan, job, target, recipe)
         train = cost(job.train_step, target, job.partitioner)
     except UserError as error:
         if "does not divide" not in str(error):
@@ -125,15 +125,16 @@ def measure(recipe: Recipe, topology: str | None, choice: Choice) -> Plan:
     return dataclasses.replace(plan, train=train, measured_seconds=took)
 
 
-def _described(plan: Plan, job: Job, target: hardware.Target) -> Plan:
+def _described(plan: Plan, job: Job, target: hardware.Target, recipe: Recipe) -> Plan:
     """With what is known before anything is compiled."""
     trainer, dataset = job.experiment.trainer, job.experiment.dataset
     ways = job.partitioner.mesh.size * trainer.microbatches
+    remat = plan.choice.remat or str(recipe.macro("REMAT") or "none")
     kept = 0.0 if plan.choice.keeps_on_host else kept_gib(job.experiment) * dataset.batch_size / ways
     return dataclasses.replace(
         plan,
         mesh=dict(job.partitioner.mesh.shape),
-        choice=dataclasses.replace(plan.choice, microbatches=trainer.microbatches),
+        choice=dataclasses.replace(plan.choice, remat=remat, microbatches=trainer.microbatches),
         batch_size=dataset.batch_size,
         tokens=job.tokens,
         train_steps=trainer.train_steps,

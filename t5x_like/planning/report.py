@@ -1,5 +1,6 @@
 """A plan for readers: JSON, tables, one HTML page, and the gin file that runs it."""
 
+import dataclasses
 import html
 import json
 import math
@@ -50,7 +51,7 @@ def as_json(plan: Plan, price: float | None = None) -> dict[str, object]:
         "flops_per_chip": train and train.flops_per_chip,
         "model_flops": plan.model_flops,
         "memory_bytes_per_chip": train and train.memory_bytes,
-        "collectives": train and [_traffic(each) for each in train.traffic],
+        "collectives": train and [dataclasses.asdict(each) for each in train.traffic],
         "compute_seconds": train and train.compute_seconds,
         "memory_seconds": train and train.memory_seconds,
         "ici_seconds": train and train.network_seconds("ICI"),
@@ -70,10 +71,6 @@ def as_json(plan: Plan, price: float | None = None) -> dict[str, object]:
         "compile_seconds": train and train.compile_seconds,
         "compile_error": plan.compile_error,
     }
-
-
-def _traffic(each: object) -> dict[str, object]:
-    return dict(vars(each))
 
 
 def _decode(cost: Cost, limit: float) -> dict[str, object]:
