@@ -72,8 +72,11 @@ class ShardingRules:
 
 
 def fsdp_rules() -> ShardingRules:
-    """Fully sharded data parallelism: parameters and optimiser state are split over `data` too."""
-    return ShardingRules(embed="data")
+    """Fully sharded data parallelism: parameters and optimiser state are split over all that split the batch.
+
+    But for `replica`, whose parts are far from each other; and experts are over `expert` already.
+    """
+    return ShardingRules(embed=("data", "expert"))
 
 
 _target: contextvars.ContextVar[tuple[jax.Device, ...]] = contextvars.ContextVar("target", default=())

@@ -13,7 +13,7 @@ from t5x_like.architectures.variables import named_axes, named_leaves
 from t5x_like.planning.choice import Choice
 from t5x_like.planning.hardware import Target
 from t5x_like.recipe import Experiment, Recipe, example_batch
-from t5x_like.sharding import MESH_AXES, LogicalAxes, ShardingRules, building_for, make_mesh
+from t5x_like.sharding import MESH_AXES, LogicalAxes, ShardingRules, building_for, fsdp_rules, make_mesh
 from t5x_like.training.flops import matmul_flops
 from t5x_like.typing import Batch, PyTree
 
@@ -28,10 +28,13 @@ class Estimate:
     Attributes:
       memory_gib: parameters, optimiser state, gradients, and what is kept for the backward pass.
       seconds: of a step, if computing and communicating never wait for each other.
+      work: seconds of computing, moving memory and communicating, added up: tells ways apart that are equally fast if
+        nothing ever waits.
     """
 
     memory_gib: float
     seconds: float
+    work: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Workload:
         """What `choice` would take; None where the mesh does not divide something."""
         assert choice.mesh is not None
         mesh = AbstractMesh(choice.mesh, MESH_AXES)
-        rules = ShardingRules(embed="data" if choice.fsdp else None)
+        rules = fsdp_rules() if choice.fsdp else ShardingRules()
         share = {name: _share(shape, axes, rules, mesh) for name, (shape, axes) in self.arrays.items()}
         parts, rows = choice.microbatches or 1, math.prod(choice.mesh[:3])
         if None in share.values() or self.batch % (rows * parts):
@@ -106,7 +109,8 @@ class Workload:
         compute = (self.flops + self.recomputed[remat]) / len(target.devices) / target.chip.peak_flops
         moved = 3 * parts * params * (mesh.shape["data"] if choice.fsdp else 1) / 2 + 2 * state + 2 * kept * parts
         waiting = moved / target.chip.memory_bandwidth
-        return Estimate(memory / GIB, max(compute, waiting, *self._talking(choice, target, share).values()))
+        parts_of_step = compute, waiting, *self._talking(choice, target, share).values()
+        return Estimate(memory / GIB, max(parts_of_step), sum(parts_of_step))
 
     def _talking(self, choice: Choice, target: Target, share: Mapping[str, float | None]) -> dict[str, float]:
         """Seconds on the links, and between slices."""
@@ -124,16 +128,15 @@ class Workload:
 
         for name, (shape, axes) in self.arrays.items():
             local = math.prod(shape) * (share[name] or 0)
-            split = choice.fsdp and "embed" in axes
-            if split:
-                whole = local * sizes["data"]
-                send("data", parts * ((2 + again) * HALF + FLOAT) * whole)
-            for axis in ("replica", "data", "expert"):
-                if not ((axis == "data" and split) or (axis == "expert" and "experts" in axes)):
+            send("replica", 2 * parts * FLOAT * local)
+            over = [axis for axis in ("data", "expert") if not (axis == "expert" and "experts" in axes)]
+            for axis in over:
+                if choice.fsdp and "embed" in axes:  # gathered forward and backward, and the gradient scattered
+                    whole = local * math.prod(sizes[each] for each in over)
+                    send(axis, parts * ((2 + again) * HALF + FLOAT) * whole / len(over))
+                else:
                     send(axis, 2 * parts * FLOAT * local)
-            if name.rpartition("/")[0].endswith(
-                ("/wo", "/out")
-            ):  # what ends a block: scattered, gathered before the next
+            if name.endswith(("/wo/kernel", "/out/kernel")):  # it ends a block: scattered, and gathered for the next
                 layers = shape[axes.index("layers")] if "layers" in axes else 1
                 side = "encoder" if name.startswith("encoder") else "decoder"
                 stream = layers * HALF * self.tokens.get(side, max(self.tokens.values())) / rows * shape[-1]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from t5x_like.architectures.stack import REMAT_POLICIES
 from t5x_like.errors import UserError, nearest
 from t5x_like.recipe import Recipe
-from t5x_like.sharding import MESH_AXES, meshes
+from t5x_like.sharding import MESH_AXES, fsdp_rules, meshes
 
 MESH_FILE = "runs/mesh.gin"
 
@@ -20,7 +20,7 @@ class Choice:
       mesh: sizes of `sharding.MESH_AXES`.
       remat: a name of `REMAT_POLICIES`, or "none".
       microbatches: parts of the batch, one after another.
-      fsdp: parameters and optimiser state are split over `data` too.
+      fsdp: see `sharding.fsdp_rules`.
     """
 
     mesh: tuple[int, ...] | None = None
@@ -39,7 +39,7 @@ class Choice:
         files = [*recipe.files]
         if not recipe.binds("partitioner"):
             files.append(MESH_FILE)
-            bindings.append(f"SPLIT_EMBED={'data' if self.fsdp else None}")
+            bindings.append(f"SPLIT_EMBED={fsdp_rules().embed if self.fsdp else None}")
             if self.mesh is not None:
                 bindings += [f"MESH_{axis.upper()}={size}" for axis, size in zip(MESH_AXES, self.mesh, strict=True)]
         elif self.mesh is not None:
@@ -87,12 +87,16 @@ def choices(
     given: Choice,
     microbatches: Sequence[int] = (1, 2, 4, 8),
 ) -> Iterator[Choice]:
-    """Every way to run a job on so many devices in so many slices, within what is `given`."""
+    """Every way to run a job on so many devices in so many slices, within what is `given`.
+
+    What is kept on the host is tried only if it is given: how fast that is reached is not published.
+    """
+    policies = [remat for remat in ("none", *REMAT_POLICIES) if not Choice(remat=remat).keeps_on_host]
     for mesh in meshes(devices, slices):
         sizes = tuple(mesh.shape[axis] for axis in MESH_AXES)
         if (given.mesh or sizes) != sizes or (given.mesh is None and experts % sizes[2]):
             continue
-        for remat in [given.remat] if given.remat else ["none", *REMAT_POLICIES]:
+        for remat in [given.remat] if given.remat else policies:
             for parts in [given.microbatches] if given.microbatches else microbatches:
                 for fsdp in (True, False):
                     yield Choice(sizes, remat, parts, fsdp)

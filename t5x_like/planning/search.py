@@ -45,7 +45,7 @@ def rank(recipe: Recipe, topology: str | None, given: Choice) -> list[Ranked]:
 def _worth(ranked: Sequence[Ranked], target: Target, fastest: int = 3) -> list[Ranked]:
     """In the order of `rank`."""
     room = 0.9 * target.chip.memory_gib  # estimates know nothing of temporaries
-    in_time = sorted(ranked, key=lambda way: (way.estimate.seconds, way.estimate.memory_gib))
+    in_time = sorted(ranked, key=lambda way: (float(f"{way.estimate.seconds:.2g}"), way.estimate.work))
     fitting = [way for way in in_time if way.estimate.memory_gib <= room]
     first = fitting[:fastest] or sorted(ranked, key=lambda way: way.estimate.memory_gib)[:fastest]
     front, least = [], float("inf")

@@ -5,6 +5,7 @@ import pytest
 from t5x_like.errors import UserError
 from t5x_like.planning.choice import Choice, choices, parse_mesh
 from t5x_like.recipe import Recipe
+from t5x_like.sharding import fsdp_rules
 
 RECIPE = Recipe(["models/t5_1_1_tiny.gin", "runs/pretrain.gin"], ["BATCH_SIZE=16"])
 
@@ -33,7 +34,7 @@ def test_a_choice_becomes_bindings_and_a_partitioner_of_its_mesh() -> None:
     experiment = Choice((1, 4, 1, 2), "full", 2).of(RECIPE).build()
     assert experiment.partitioner is not None
     assert dict(experiment.partitioner.mesh.shape) == {"replica": 1, "data": 4, "expert": 1, "model": 2}
-    assert experiment.partitioner.rules.embed == "data"
+    assert experiment.partitioner.rules == fsdp_rules()
     assert experiment.trainer.microbatches == 2
     assert experiment.model.network.encoder.stack.remat == "full"
     whole = Choice((1, 8, 1, 1), "none", 1, fsdp=False).of(RECIPE).build()
@@ -46,7 +47,7 @@ def test_every_way_is_tried_within_what_is_given() -> None:
     every = list(choices(8, 1, 1, Choice(), microbatches=(1, 2)))
     meshes = {choice.mesh for choice in every}
     assert meshes == {(1, 8, 1, 1), (1, 4, 1, 2), (1, 2, 1, 4), (1, 1, 1, 8)}
-    assert len(every) == 4 * 7 * 2 * 2  # meshes, policies and none, microbatches, FSDP or not
+    assert len(every) == 4 * 6 * 2 * 2  # meshes, policies on the device and none, microbatches, FSDP or not
     assert {choice.mesh[2] for choice in choices(8, 1, 4, Choice()) if choice.mesh} == {1, 2, 4}
     assert {choice.mesh[0] for choice in choices(8, 2, 1, Choice()) if choice.mesh} == {2}
     only, whole = choices(8, 1, 1, Choice((1, 8, 1, 1), "full", 4))
