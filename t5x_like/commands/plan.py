@@ -73,7 +73,7 @@ def plan(
     if json is not None:
         report.write_json(found, json, price)
     if html is not None:
-        report.write_html(found, html, price)
+        report.write_html(found, html)
     best = min((each.plans[0] for each in found if each.plans[0].fits), key=lambda p: p.seconds or 0.0, default=None)
     if best is None:
         raise RunFailed("nothing that was compiled fits; see the reasons above")

@@ -178,7 +178,7 @@ th, td { text-align: left; padding: .3em .6em; border-bottom: 1px solid #ddd; ve
 _COLOURS = ("#3b6ea8", "#7fa7d1", "#d99a3c", "#8d8d8d")
 
 
-def write_html(found: Sequence[Search], path: str | Path, price: float | None = None) -> None:
+def write_html(found: Sequence[Search], path: str | Path) -> None:
     """Writes one page that opens from disk: memory and time of every plan, as bars and numbers."""
     parts = ["<!doctype html><meta charset=utf-8><title>t5x_like plan</title>", f"<style>{_STYLE}</style>"]
     parts.append(f"<h1>Plan</h1><p class=note>{PREDICTION}</p>")
@@ -189,7 +189,8 @@ def write_html(found: Sequence[Search], path: str | Path, price: float | None = 
         parts.append(
             "<table><tr><th>way<th>memory<th class=num>GiB<th>time<th class=num>s/step<th class=num>MFU at most<th>"
         )
-        parts += [_row(plan, best, price) for plan in search.plans]
+        longest = max((seconds for plan in search.plans for seconds in _seconds(plan)), default=0.0)
+        parts += [_row(plan, best, longest) for plan in search.plans]
         parts.append("</table>")
     Path(path).write_text("\n".join(parts))
 
@@ -198,15 +199,21 @@ def _legend(names: Sequence[str]) -> str:
     return "".join(f"<span><i style='background:{c}'></i> {n}</span>" for n, c in zip(names, _COLOURS, strict=True))
 
 
-def _row(plan: Plan, best: Plan, price: float | None) -> str:
-    values = as_json(plan, price)
+def _seconds(plan: Plan) -> list[float]:
+    cost = plan.train
+    if cost is None:
+        return []
+    return [cost.compute_seconds, cost.memory_seconds, cost.network_seconds("ICI"), cost.network_seconds("DCN")]
+
+
+def _row(plan: Plan, best: Plan, longest: float) -> str:
+    values = as_json(plan)
     why = html.escape("best" if plan is best and plan.fits else why_not(plan, best))
     way = f"<tr class={'yes' if plan.fits else 'no'}><td>{html.escape(str(plan.choice))}"
     if plan.train is None:
         return f"{way}<td><td class=num>-<td><td class=num>-<td class=num>-<td>{why}"
     memory = _bar([values[f"{name}_gib"] for name in _MEMORY], plan.memory_limit_gib)
-    longest = max(float(str(values[f"{name}_seconds"])) for name in _TIME)
-    time = "".join(_bar([value], longest, i) for i, value in enumerate(values[f"{name}_seconds"] for name in _TIME))
+    time = "".join(_bar([value], longest, i) for i, value in enumerate(_seconds(plan)))
     seconds = f"{plan.seconds:.3f}" if plan.seconds else "-"
     share = f"{plan.utilisation:.0%}" if plan.utilisation else "-"
     return (
