@@ -94,7 +94,7 @@ class Linear(nn.Module):
         rows = "abcd"[: x.ndim - len(inputs)]
         y = product(f"{rows}{inputs},{inputs}{outputs}->{rows}{outputs}", x, kernel, sums)
         y = y.reshape(*batch, *self.features)
-        y = y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+        y = y if bias is None else y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
         return kept(self.name, y.astype(self.dtype))
 
     def logits(self, x: Float[Array, "batch length embed"]) -> LazyLogits:

@@ -107,7 +107,9 @@ class Workload:
         kept = 0.0 if choice.keeps_on_host else self.kept[remat] / (rows * parts * model)
         memory = state + gradients + kept
         compute = (self.flops + self.recomputed[remat]) / len(target.devices) / target.chip.peak_flops
-        moved = 3 * parts * params * (mesh.shape["data"] if choice.fsdp else 1) / 2 + 2 * state + 2 * kept * parts
+        # What products read, FSDP or not: three times in each part of the batch.
+        whole = [(math.prod(shape), _share(shape, axes, ShardingRules(), mesh)) for shape, axes in self.arrays.values()]
+        moved = 3 * parts * HALF * sum(size * (part or 0) for size, part in whole) + 2 * state + 2 * kept * parts
         waiting = moved / target.chip.memory_bandwidth
         parts_of_step = compute, waiting, *self._talking(choice, target, share).values()
         return Estimate(memory / GIB, max(parts_of_step), sum(parts_of_step))
@@ -142,7 +144,7 @@ class Workload:
                 stream = layers * HALF * self.tokens.get(side, max(self.tokens.values())) / rows * shape[-1]
                 send("model", (4 + 2 * again) * stream)
                 if "experts" in axes:
-                    send("expert", (4 + 2 * again) * 1.25 * stream)
+                    send("expert", (4 + 2 * again) * 1.25 * stream)  # with room for a quarter more, as is usual
         return seconds
 
 

@@ -1,4 +1,4 @@
-"""`t5x_like plan` on the devices that are here: virtual CPUs. tests/test_tpu_topology.py asks for TPUs."""
+"""`t5x_like plan` on the devices that are here: virtual CPUs. TPUs were planned for by hand (docs/plan.md)."""
 
 import json
 import os
