@@ -3,7 +3,8 @@
 
 Keys: case, dtype, device, peak_memory_gib, versions, and what the case knows: seconds per step or of each rival
 (medians), the ratio that counts, matmul_peak_gflops measured in the same process and dtype. `--compare` runs a case and
-a peer's in turns; `--all` does so with every case, and ends with a table.
+a peer's in turns; `--all` does so with every case that has a target, and ends with a table; `--growth` measures how
+cost grows with the work, and draws it.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from typing import NamedTuple
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
-from benchmarks import decode, layers, peers, start, steps, suite
+from benchmarks import decode, growth, layers, peers, start, steps, suite
 
 import t5x_like
 from t5x_like.cli import collect_garbage_rarely, compilation_cache, keep_freed_memory
@@ -43,6 +44,11 @@ CASES: dict[str, Callable[..., dict[str, object]]] = {
     "switch_flops": layers.switch_flops,
     "attention": layers.attention,
     "sliding_attention": functools.partial(layers.attention, sliding=True),
+    "growth_length": functools.partial(growth.here, growth.LENGTH),
+    "growth_batch": functools.partial(growth.here, growth.BATCH),
+    "growth_layers": functools.partial(growth.here, growth.LAYERS),
+    "growth_experts": functools.partial(growth.here, growth.EXPERTS),
+    "growth_chips": growth.chips,
 }
 
 
@@ -88,7 +94,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _options(parser, arguments)
         if arguments.all:
-            return _run_all(arguments.peer and _peer(arguments), arguments.rounds)
+            lines, failed = _run(suite.SUITE, arguments.peer and _peer(arguments), arguments.rounds)
+            print(suite.table(lines))
+            return int(failed)
+        if arguments.growth:
+            if arguments.plot:
+                growth.check_plot(arguments.plot)
+            lines, failed = _run(suite.GROWTH)
+            print(growth.table(lines))
+            if arguments.plot:
+                growth.draw(lines, arguments.plot)
+            return int(failed)
         if arguments.compare:
             for line in _compared(parser, arguments):
                 print(json.dumps(line), flush=True)
@@ -126,6 +142,13 @@ def _parser() -> argparse.ArgumentParser:
         help="run every case that has a target, beside the peer's where --peer is given and has one, each turn in a "
         "process of its own; ends with a table in Markdown",
     )
+    what.add_argument(
+        "--growth",
+        action="store_true",
+        help="run the cases growth_*, each in a process of its own: how tokens per second and memory grow with work "
+        "here, and what chips of a TPU take when there are more of them; ends with tables in Markdown",
+    )
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="of --growth: also draw it, as .svg or .png")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
     parser.add_argument(
         "--steps",
@@ -154,12 +177,15 @@ def _parser() -> argparse.ArgumentParser:
 def _options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict[str, int | str]:
     """The options of the case; ends the process where the arguments do not fit each other."""
     options = {}
-    if arguments.all and (arguments.steps is not None or arguments.compare):
-        parser.error("--all has its own --steps, and compares by itself where --peer is given")
+    many = "--all" if arguments.all else "--growth" if arguments.growth else None
+    if many and (arguments.steps is not None or arguments.compare):
+        parser.error(f"{many} has its own --steps, and --all compares by itself where --peer is given")
+    if arguments.plot and not arguments.growth:
+        parser.error("--plot belongs to --growth")
     for name, option in OPTIONS.items():
         given = getattr(arguments, name)
         if given is not None and arguments.case not in option.cases:
-            parser.error(f"--{name} means nothing to {arguments.case or '--all'}")
+            parser.error(f"--{name} means nothing to {arguments.case or many}")
         if given is not None and arguments.compare:
             parser.error(f"--{name} means nothing to --compare")
         if arguments.case in option.cases and (given is not None or option.default is not None):
@@ -187,14 +213,17 @@ def _compared(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
     return peers.compare(arguments.case, [arguments.dtype], _peer(arguments), entry.peer_case, arguments.rounds, number)
 
 
-def _run_all(peer: peers.Peer | None, rounds: int) -> int:
-    """Every case of the suite; what fails is said, and does not keep the others from running."""
+def _run(
+    cases: Mapping[str, suite.Entry], peer: peers.Peer | None = None, rounds: int = 1
+) -> tuple[list[peers.Line], bool]:
+    """The lines of all cases, and whether one failed; what fails is said, and does not keep the others from running."""
     lines, failed = [], False
-    for case, entry in suite.SUITE.items():
+    for case, entry in cases.items():
         try:
             if peer and entry.peer_case:
                 found = list(peers.compare(case, entry.dtypes, peer, entry.peer_case, rounds, entry.steps))
             else:
+                print(case, file=sys.stderr, flush=True)
                 found = [peers.our_turn(case, dtype, entry.steps, cached=False) for dtype in entry.dtypes]
         except RunFailed as error:
             print(f"error: {case}: {error}", file=sys.stderr)
@@ -203,8 +232,7 @@ def _run_all(peer: peers.Peer | None, rounds: int) -> int:
         for line in found:
             print(json.dumps(line), flush=True)
         lines += found
-    print(suite.table(lines))
-    return int(failed)
+    return lines, failed
 
 
 if __name__ == "__main__":

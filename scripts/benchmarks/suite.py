@@ -37,6 +37,11 @@ SUITE = {
     "checkpoint": Entry(FLOAT32, 3),
 }
 
+GROWTH = {f"growth_{along}": Entry(FLOAT32, 3) for along in ("length", "batch", "layers", "experts")} | {
+    "growth_chips": Entry(("bfloat16",), 1)
+}
+"""What `--growth` runs."""
+
 
 class Target(NamedTuple):
     """What a figure is to reach.

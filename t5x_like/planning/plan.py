@@ -97,13 +97,14 @@ def _target(topology: str | None) -> hardware.Target:
     return hardware.topology(topology) if topology else hardware.present()
 
 
-def measure(recipe: Recipe, topology: str | None, choice: Choice) -> Plan:
+def measure(recipe: Recipe, topology: str | None, choice: Choice, steps: int = 3) -> Plan:
     """Compiles one way to run a job; on devices that are here, runs it too.
 
     Args:
       recipe: the job.
       topology: TPUs, as `hardware.topology` takes them; None for the devices that are here.
       choice: the way.
+      steps: to time on devices that are here.
 
     Raises:
       UserError: a mistake in the gin files or the topology's name. A mesh that does not divide is none.
@@ -121,7 +122,7 @@ def measure(recipe: Recipe, topology: str | None, choice: Choice) -> Plan:
         return dataclasses.replace(plan, compile_error=str(error).partition("\n")[0])
     except CannotCompile as error:
         return dataclasses.replace(plan, compile_error=str(error))
-    took = None if topology or not train.fits else job.seconds_per_step()
+    took = None if topology or not train.fits else job.seconds_per_step(steps)
     return dataclasses.replace(plan, train=train, measured_seconds=took)
 
 

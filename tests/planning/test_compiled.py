@@ -58,5 +58,6 @@ def test_the_products_of_a_step_are_those_of_the_paper(
     wanted = 3 * 2 * ROWS * multiplications()  # a product forward is two backward
     assert found.flops_per_chip * 8 == pytest.approx(wanted, rel=0.03)
     assert job.model_flops() == pytest.approx(wanted, rel=0.03)
+    assert found.peak_memory_gib >= found.argument_gib + found.temporary_gib > found.argument_gib > 0
     assert found.fits
     assert found.on_chip_seconds >= max(found.compute_seconds, found.memory_seconds)
