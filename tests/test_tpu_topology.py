@@ -1,5 +1,6 @@
 """What XLA makes of our programs for TPUs that are not there: needs PyPI's libtpu (the extra `tpu`), which CI lacks."""
 
+import functools
 import os
 import re
 from collections import Counter
@@ -11,6 +12,10 @@ import pytest
 from t5x_like.architectures.variables import logical_axes, unbox
 from t5x_like.layers.moe import Experts, SparseMlp
 from t5x_like.layers.routing import CapacityFactor, Router, Tokens
+from t5x_like.planning.choice import Choice
+from t5x_like.planning.compiled import Cost
+from t5x_like.planning.plan import Plan, measure
+from t5x_like.recipe import Recipe
 from t5x_like.sharding import Partitioner, make_mesh
 
 pytest.importorskip("libtpu", reason="compiling for a TPU topology needs PyPI's libtpu: pip install 't5x_like[tpu]'")
@@ -44,3 +49,42 @@ def test_a_sparse_layer_moves_tokens_by_two_all_to_alls_each_way(topology: str) 
         r" (all-to-all|all-gather|all-reduce|collective-permute|reduce-scatter|ragged-all-to-all)(?:-start)?\("
     )
     assert Counter(re.findall(collectives, compiled.as_text())) == {"all-to-all": 4, "all-reduce": 1}
+
+
+@functools.cache
+def planned(size: str, batch: int, topology: str, mesh: tuple[int, ...], remat: str) -> tuple[Plan, Cost]:
+    """T5 1.1 on lengths 512 and 114: bfloat16 activations, float32 parameters, Adafactor, scanned layers, FSDP."""
+    files = [f"models/t5_1_1_{size}.gin", "runs/pretrain.gin"]
+    recipe = Recipe(files, ["SCAN_LAYERS=True", "DTYPE=bfloat16", f"BATCH_SIZE={batch}"])
+    plan = measure(recipe, topology, Choice(mesh, remat))
+    assert plan.train is not None, plan.compile_error
+    return plan, plan.train
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("size", "batch", "topology", "mesh", "remat", "t5x_gib"),
+    [
+        ("base", 128, "v5p:2x2x2", (1, 8, 1, 1), "minimal", 4.30),
+        ("xl", 512, "v5e:8x8", (1, 16, 1, 4), "full", 6.95),
+        ("xxl", 512, "v5p:4x4x4", (1, 16, 1, 4), "full", 12.3),
+        ("xxl", 512, "v5p:4x4x4", (1, 16, 1, 4), "minimal", 89.8),
+    ],
+)
+def test_no_chip_needs_as_much_as_under_t5x(
+    size: str, batch: int, topology: str, mesh: tuple[int, ...], remat: str, t5x_gib: float
+) -> None:
+    """T5X's figures: its scalable_t5 network on the same work, by the same compiler (docs/plan.md)."""
+    _, train = planned(size, batch, topology, mesh, remat)
+    assert train.fits
+    assert train.peak_memory_gib <= t5x_gib
+
+
+@pytest.mark.full
+def test_a_policy_between_full_and_minimal_fits_and_recomputes_little() -> None:
+    recomputed = {}
+    for remat in ("full", "save_projections"):
+        plan, train = planned("xxl", 512, "v5p:4x4x4", (1, 16, 1, 4), remat)
+        recomputed[remat] = train.flops_per_chip - plan.model_flops / plan.devices
+        assert train.peak_memory_gib <= 60
+    assert 0 < recomputed["save_projections"] <= recomputed["full"] / 3

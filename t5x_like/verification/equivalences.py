@@ -19,7 +19,7 @@ from t5x_like.layers.attention import DotProduct
 from t5x_like.layers.chunked_attention import Chunked
 from t5x_like.models.contract import LossAndMetrics, Model
 from t5x_like.models.distillation import DistilledModel
-from t5x_like.sharding import Partitioner, make_mesh
+from t5x_like.sharding import Partitioner, ShardingRules, make_mesh
 from t5x_like.training.step import TrainStep
 from t5x_like.training.train_state import TrainState
 from t5x_like.typing import Array, Batch, Params, PRNGKey
@@ -54,17 +54,19 @@ def meshes(subject: Subject) -> Findings:
         raise NotApplicable("there is one device; XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight")
     experts = [f.value for f in fields_of(subject.model) if f.name == "num_experts" and isinstance(f.value, int)]
     split = math.gcd(count, 4, *experts)
-    rules, fsdp = subject.rules, dataclasses.replace(subject.rules, embed="data")
-    tried = [
-        (f"data={count}", rules, {"data": count}),
-        ("model=2", rules, {"data": 1, "model": 2}),
-        (f"data={count // 2},model=2 FSDP", fsdp, {"data": count // 2, "model": 2}),
+    rules, replica = subject.rules, 2 if count == 8 else 1
+    several = {"replica": replica, "data": count // 2 // replica, "model": 2}
+    tried: list[tuple[dict[str, int], ShardingRules, str]] = [
+        ({"data": count}, rules, ""),
+        ({"data": 1, "model": 2}, rules, ""),
+        (several, dataclasses.replace(rules, embed="data"), " FSDP"),
+        ({"data": min(count, 4)}, dataclasses.replace(rules, batch=("replica", "expert"), length="data"), " context"),
     ]
     if experts:
-        sizes = {"data": count // split, "expert": split}
-        tried.append((",".join(f"{axis}={size}" for axis, size in sizes.items()), rules, sizes))
-    for name, rules, sizes in tried:
+        tried.append(({"data": count // split, "expert": split}, rules, ""))
+    for sizes, rules, kind in tried:
         mesh = make_mesh(**sizes, devices=devices()[: math.prod(sizes.values())])
+        name = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) + kind
         yield name, equal(subject.gradients(subject.noisy, Partitioner(mesh, rules)), subject.gradients_noisy)
 
 
