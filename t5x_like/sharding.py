@@ -59,6 +59,12 @@ class ShardingRules:
                         f"ShardingRules.{field.name}: {name!r} is no mesh axis; use {', '.join(MESH_AXES)} or None"
                     )
 
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """What splits the tokens of a batch where they have a vocabulary: context parallelism, as well as `batch`."""
+        taken = {*_as_tuple(self.batch), *_as_tuple(self.vocab)}
+        return *(axis for axis in _as_tuple(self.length) if axis not in taken), *_as_tuple(self.batch)
+
     def spec(self, axes: LogicalAxes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
         """The partition of an array whose dimensions are named `axes` (None: replicated); axes of 1 are left out."""
         used: set[str] = set()

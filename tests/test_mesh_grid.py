@@ -9,6 +9,7 @@ import pytest
 from t5x_like import gin_config
 from t5x_like.architectures.variables import named_leaves
 from t5x_like.models.contract import Model
+from t5x_like.planning import hlo
 from t5x_like.sharding import Partitioner, ShardingRules, fsdp_rules, make_mesh
 from t5x_like.training import train_state
 from t5x_like.training.optimizers import adamw
@@ -24,6 +25,10 @@ BINDINGS = {
     ),
     "gpt2_tiny": ("NUM_LAYERS=2", "MAX_LENGTH=32"),
 }
+BERT = (
+    *("NUM_LAYERS=2", "MAX_LENGTH=32", "features.MaskedLMFeatures.next_sentence=False"),
+    "heads.MaskedLanguageModelHead.next_sentence=None",
+)
 SIZES = ("EMBED_DIM=16", "NUM_HEADS=4", "HEAD_DIM=4", "MLP_DIM=32", "VOCAB_SIZE=64", "SCAN_LAYERS=True")
 CONTEXT = ShardingRules(batch=("replica", "expert"), embed="data", length=("data", "model"))
 GRID = {
@@ -40,9 +45,9 @@ GRID = {
 
 
 @functools.cache
-def model_and_batch(name: str) -> tuple[Model, Batch]:
+def model_and_batch(name: str, dtype: str = "float32") -> tuple[Model, Batch]:
     """Packed rows with padding; lengths 16 and 8, so that every mesh of the grid divides them."""
-    bindings = ["MODEL_DIR=none", "DTYPE=float32", "DROPOUT_RATE=0.0", *SIZES, *BINDINGS[name]]
+    bindings = ["MODEL_DIR=none", f"DTYPE={dtype}", "DROPOUT_RATE=0.0", *SIZES, *BINDINGS.get(name, BERT)]
     config = gin_config.load("t5x_like.commands.train.train", [f"models/{name}.gin", "runs/pretrain.gin"], bindings)
     model = gin_config.run(config, instead=lambda model: model)
     rng = np.random.default_rng(0)
@@ -51,11 +56,15 @@ def model_and_batch(name: str) -> tuple[Model, Batch]:
     def example() -> dict[str, np.ndarray]:
         return {feature: rng.integers(2, 64, rng.integers(2, size // 2 + 1)) for feature, size in lengths.items()}
 
+    if name == "bert_tiny":
+        masked = {"targets": np.arange(2, 8), "target_positions": np.arange(6)}
+        return model, model.converter.convert([[masked | {"inputs": np.arange(2, 18)}]] * 8, lengths, packed=False)
     return model, model.converter.convert([[example(), example()] for _ in range(8)], lengths, packed=True)
 
 
-def loss_and_gradients(name: str, partitioner: Partitioner) -> tuple[dict, Params]:
-    model, batch = model_and_batch(name)
+def loss_and_gradients(name: str, partitioner: Partitioner, dtype: str = "float32") -> tuple[dict, Params, float]:
+    """And the floating point operations of a device."""
+    model, batch = model_and_batch(name, dtype)
     shardings = train_state.state_shardings(model, adamw(1e-3), batch, partitioner)
 
     def total(params: Params) -> tuple[jax.Array, dict]:
@@ -63,9 +72,10 @@ def loss_and_gradients(name: str, partitioner: Partitioner) -> tuple[dict, Param
         return sums.loss.total, {"loss": sums.loss.mean(), **{n: m.mean() for n, m in sums.metrics.items()}}
 
     with partitioner.active():
-        program = jax.jit(jax.grad(total, has_aux=True), in_shardings=(shardings.params,))
-        gradients, losses = program(jax.device_put(parameters(name), shardings.params))
-    return losses, gradients
+        placed = jax.device_put(parameters(name), shardings.params)
+        program = jax.jit(jax.grad(total, has_aux=True), in_shardings=(shardings.params,)).lower(placed).compile()
+        gradients, losses = program(placed)
+    return losses, gradients, hlo.flops(hlo.parse(program.as_text()))
 
 
 @functools.cache
@@ -78,7 +88,7 @@ def parameters(name: str) -> Params:
 
 
 @functools.cache
-def expected(name: str) -> tuple[dict, Params]:
+def expected(name: str) -> tuple[dict, Params, float]:
     return loss_and_gradients(name, Partitioner.single_device())
 
 
@@ -104,9 +114,11 @@ SOON = {
     ],
 )
 def test_a_mesh_gives_the_losses_and_gradients_of_one_device(name: str, mesh: str) -> None:
+    """Every device does its share, and hardly more: lengths that do not divide are padded, routers are everywhere."""
     sizes, rules = GRID[mesh]
-    losses, gradients = loss_and_gradients(name, Partitioner(make_mesh(**sizes), rules))
-    wanted_losses, wanted = expected(name)
+    losses, gradients, flops = loss_and_gradients(name, Partitioner(make_mesh(**sizes), rules))
+    wanted_losses, wanted, all_flops = expected(name)
+    assert all_flops / 8 * 0.999 <= flops <= all_flops / 8 * 1.03
     for metric, value in wanted_losses.items():
         np.testing.assert_allclose(losses[metric], value, rtol=1e-5, atol=1e-5, err_msg=metric)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
@@ -115,3 +127,17 @@ def test_a_mesh_gives_the_losses_and_gradients_of_one_device(name: str, mesh: st
         scale = largest if path.endswith("key/bias") else np.abs(leaf).max()
         assert scale > 0, path
         np.testing.assert_allclose(found / scale, leaf / scale, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["gpt2_tiny", "bert_tiny"])
+def test_biases_and_segments_are_split_in_bfloat16_too(name: str) -> None:
+    """Sums over devices are rounded once more there: no more than that may differ."""
+    partitioner = Partitioner(make_mesh(data=2, model=4), fsdp_rules())
+    losses, gradients, _ = loss_and_gradients(name, partitioner, "bfloat16")
+    wanted_losses, wanted, _ = loss_and_gradients(name, Partitioner.single_device(), "bfloat16")
+    np.testing.assert_allclose(losses["loss"], wanted_losses["loss"], rtol=0.01)
+    gap, length = (
+        sum(float(np.square(leaf, dtype=np.float64).sum()) for leaf in jax.tree.leaves(tree)) ** 0.5
+        for tree in (jax.tree.map(np.subtract, gradients, wanted), wanted)
+    )
+    assert gap < 0.05 * length

@@ -18,6 +18,7 @@ class Embedding(nn.Module):
       dtype: of what comes out.
       init_stddev: T5 draws embeddings with a standard deviation of 1.
       output_bias: logits from the table have a learned bias (BERT).
+      vocab_axis: the logical axis of the rows; None keeps a few of them, such as segments, on every device.
     """
 
     vocab_size: int
@@ -25,11 +26,12 @@ class Embedding(nn.Module):
     dtype: str = "float32"
     init_stddev: float = 1.0
     output_bias: bool = False
+    vocab_axis: str | None = "vocab"
 
     def setup(self) -> None:
         """Makes the table, which `__call__` and `attend` share."""
-        init = nn.initializers.normal(self.init_stddev)
-        self.embedding = parameter(self, "embedding", init, ("vocab", "embed"), (self.vocab_size, self.embed_dim))
+        init, axes = nn.initializers.normal(self.init_stddev), (self.vocab_axis, "embed")
+        self.embedding = parameter(self, "embedding", init, axes, (self.vocab_size, self.embed_dim))
         if self.output_bias:
             self.bias = parameter(self, "bias", nn.initializers.zeros, ("vocab",), (self.vocab_size,))
 

@@ -90,7 +90,8 @@ def loss_and_metrics(
     weights = jnp.asarray(weights, jnp.float32)
     regularisers = label_smoothing, z_loss
     if isinstance(logits, LazyLogits):
-        loss, *others = _sums_by_parts(logits, targets, weights, regularisers)
+        logits = dataclasses.replace(logits, hidden=_context_as_rows(logits.hidden))
+        loss, *others = _sums_by_parts(logits, _context_as_rows(targets), _context_as_rows(weights), regularisers)
     else:
         loss, *others = _sums(logits, targets, weights, regularisers)
     weight = weights.sum()
@@ -128,6 +129,16 @@ class _Part(NamedTuple):
         return _sums(logits, self.targets, self.weights, regularisers)
 
 
+def _context_as_rows(x: Array) -> Array:
+    """`[batch, length, ...]` with the part of a sequence that a device has, under context parallelism, as a row."""
+    batch, length = x.shape[:2]
+    parts = ways("rows") // ways("batch")
+    if parts == 1 or length % parts:
+        return x
+    x = x.reshape(batch, parts, length // parts, *x.shape[2:]).swapaxes(0, 1)
+    return constrain(x.reshape(batch * parts, *x.shape[2:]), "rows", *(None,) * (x.ndim - 2))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _sums_by_parts(logits: LazyLogits, targets: Array, weights: Array, regularisers: tuple[float, float]) -> _Sums:
     matrix, parts = _split(logits, targets, weights)
@@ -149,7 +160,8 @@ def _with_gradient(
         (_, sums), (by_hidden, more) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(part.hidden, matrix)
         return jax.tree.map(jnp.add, by_matrix, more), (sums, by_hidden)
 
-    by_matrix, (sums, by_hidden) = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, matrix), parts)
+    zero = _of_shards(jax.tree.map(jnp.zeros_like, matrix), _shards(len(targets))[0])
+    by_matrix, (sums, by_hidden) = jax.lax.scan(step, zero, parts)
     by_matrix = jax.tree.map(lambda x: x.sum(axis=0), by_matrix)
     rows = by_hidden.reshape(len(by_hidden), len(targets), -1, by_hidden.shape[-1]).swapaxes(0, 1)
     by_hidden = rows.reshape(len(targets), -1, rows.shape[-1])[:, : targets.shape[1]]
@@ -172,7 +184,7 @@ def _split(logits: LazyLogits, targets: Array, weights: Array) -> tuple[LazyLogi
     behind the loop, instead of after every part.
     """
     batch, length = targets.shape
-    shards = ways("batch") if batch % ways("batch") == 0 else 1
+    rows, shards = _shards(batch)
     logit_bytes = 4 * batch // shards * length * logits.vocab_size // ways("vocab")
     size = -(-length // min(length, -(-logit_bytes // PART_BYTES)))
 
@@ -180,15 +192,24 @@ def _split(logits: LazyLogits, targets: Array, weights: Array) -> tuple[LazyLogi
         x = jnp.pad(x, [(0, 0), (0, -length % size), *[(0, 0)] * (x.ndim - 2)])
         x = x.reshape(batch, -1, size, *x.shape[2:]).swapaxes(0, 1)
         x = x.reshape(len(x), shards, -1, *x.shape[3:])
-        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+        return constrain(x, None, rows, *(None,) * (x.ndim - 2))
 
-    def for_each_shard(x: Array, *axes: str | None) -> Array:
-        return constrain(jnp.broadcast_to(x, (shards, *x.shape)), "batch", *axes)
-
-    table = for_each_shard(logits.table, *((None, "vocab") if logits.transposed else ("vocab", None)))
-    bias = None if logits.bias is None else for_each_shard(logits.bias, "vocab")
-    matrix = dataclasses.replace(logits, hidden=None, table=table, bias=bias)
+    whole = dataclasses.replace(logits, hidden=None)
+    matrix = _of_shards(jax.tree.map(lambda x: jnp.broadcast_to(x, (shards, *x.shape)), whole), rows)
     return matrix, _Part(parts(logits.hidden), parts(targets), parts(weights))
+
+
+def _shards(batch: int) -> tuple[str, int]:
+    """What splits so many rows, and into how many parts."""
+    rows = "rows" if batch % ways("rows") == 0 else "batch"
+    return rows, ways(rows) if batch % ways(rows) == 0 else 1
+
+
+def _of_shards(matrix: LazyLogits, rows: str) -> LazyLogits:
+    """Each where its rows are."""
+    axes = (None, "vocab") if matrix.transposed else ("vocab", None)
+    bias = None if matrix.bias is None else constrain(matrix.bias, rows, "vocab")
+    return dataclasses.replace(matrix, table=constrain(matrix.table, rows, *axes), bias=bias)
 
 
 def log_likelihood(

@@ -15,12 +15,14 @@ _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=?]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_SEVERAL = re.compile(r"\b(?:branch|called)_computations=\{([^}]*)\}")
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+CALLS = frozenset({"call", "conditional", "async-start", "custom-call"})
+"""What runs other computations, one of them or all, or none. A TPU7x has its SparseCores talk by such."""
 FREE = frozenset(
     {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
-    | {"partition-id", "replica-id", "after-all", "opt-barrier", "async-update", "async-done", "copy-done"}
+    | {"partition-id", "replica-id", "after-all", "opt-barrier", "async-start", "async-update"}
 )
 """What moves no memory by itself."""
 
@@ -78,10 +80,10 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> dict[str, str]:
-        """Computations by what they are to it: `body`, `condition`, `calls` ..."""
+        """Computations by what they are to it: `body`, `condition`, `calls` ...; several of a kind have numbers."""
         found = dict(_CALLED.findall(self.attributes))
-        if branches := _BRANCHES.search(self.attributes):
-            found |= {f"branch {i}": name.strip(" %") for i, name in enumerate(branches[1].split(","))}
+        if several := _SEVERAL.search(self.attributes):
+            found |= {str(i): name.strip(" %") for i, name in enumerate(several[1].split(","))}
         return found
 
 
@@ -109,7 +111,7 @@ class Program:
             if instruction.opcode == "while":
                 trips = self.trips(instruction)
                 yield from self.executed(called["body"], times * trips)
-            elif instruction.opcode in ("call", "conditional", "async-start"):
+            elif instruction.opcode in CALLS:
                 for inner in called.values():
                     yield from self.executed(inner, times)
 
@@ -258,6 +260,8 @@ def memory_bytes(program: Program, place: Computation, instruction: Instruction)
     """Bytes that one instruction reads from the device's main memory and writes to it."""
     if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
         return 0
+    if instruction.opcode == "custom-call" and instruction.called:
+        return 0  # counted where it calls
     if instruction.opcode.removesuffix("-start") in COLLECTIVES:
         return 0  # counted as communication
     if instruction.opcode == "copy-start":  # what is written, what is read, and a flag
@@ -331,7 +335,7 @@ def collectives(program: Program, devices: int) -> list[Collective]:
     for place, instruction, times in program.executed():
         for inner, each, kind in _communicating(program, place, instruction):
             group = _group(each.attributes, devices)
-            if len(group) > 1:
+            if len(group) > 1 and not _goes_on(instruction, each):
                 found.append(Collective(kind, group, _sent(kind, inner, each, len(group)), times))
     return found
 
@@ -350,6 +354,11 @@ def _communicating(
                 # How a TPU reduces and scatters in one go.
                 scattered = found[2] == "all-reduce" and name.startswith("all-reduce-scatter")
                 yield (*found[:2], "reduce-scatter") if scattered else found
+
+
+def _goes_on(instruction: Instruction, each: Instruction) -> bool:
+    """Whether this is a later part of a collective that a TPU spreads over a chain of fusions, all of which name it."""
+    return "chain_id=" in each.attributes and not instruction.name.startswith("async-collective-start")
 
 
 def _sent(kind: str, place: Computation, instruction: Instruction, count: int) -> float:

@@ -13,7 +13,8 @@ from t5x_like.layers.logits import LazyLogits
 from t5x_like.models import losses
 from t5x_like.models.contract import LossAndMetrics
 from t5x_like.models.losses import TokenLoss, cross_entropy, loss_and_metrics
-from t5x_like.sharding import Partitioner, fsdp_rules, make_mesh
+from t5x_like.planning import hlo
+from t5x_like.sharding import Partitioner, ShardingRules, fsdp_rules, make_mesh
 from t5x_like.typing import Array
 
 
@@ -167,9 +168,24 @@ def test_by_parts_agrees_with_the_whole(
         close(gradient.bias, by_logits.sum((0, 1)))
 
 
-@pytest.mark.parametrize("mesh", [{"data": 4, "model": 2}, {"data": 2, "expert": 2, "model": 2}, {"data": 8}])
-def test_by_parts_agrees_on_a_mesh(monkeypatch: pytest.MonkeyPatch, mesh: dict[str, int]) -> None:
-    """The batch of 8 is split over all but `model`, which splits the vocabulary of 12; with FSDP the table as well."""
+CONTEXT = ShardingRules(batch=("replica", "expert"), embed="data", length=("data", "model"))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules"),
+    [
+        ({"data": 4, "model": 2}, fsdp_rules()),
+        ({"data": 2, "expert": 2, "model": 2}, fsdp_rules()),
+        ({"data": 8}, fsdp_rules()),
+        ({"data": 2, "expert": 2, "model": 2}, CONTEXT),
+        ({"data": 4, "model": 2}, CONTEXT),  # does not divide the length, but the batch
+    ],
+)
+def test_by_parts_agrees_on_a_mesh(monkeypatch: pytest.MonkeyPatch, mesh: dict[str, int], rules: ShardingRules) -> None:
+    """The batch of 8 is split over all but `model`, which splits the vocabulary of 12; with FSDP the table as well.
+
+    Under context parallelism `data` splits the length of 6 instead. Every device multiplies its share, and no more.
+    """
     rng = np.random.default_rng(2)
     logits = LazyLogits(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 6, 8), (12, 8), (12,))))
     targets, weights = jnp.asarray(rng.integers(0, 12, (8, 6))), jnp.ones((8, 6))
@@ -181,14 +197,17 @@ def test_by_parts_agrees_on_a_mesh(monkeypatch: pytest.MonkeyPatch, mesh: dict[s
     function = jax.value_and_grad(total, has_aux=True)
     expected = function(logits)
     monkeypatch.setattr(losses, "PART_BYTES", 4 * 2 * 12)
-    partitioner = Partitioner(make_mesh(**mesh), fsdp_rules())
-    names = (("batch", "length", "embed"), ("vocab", "embed"), ("vocab",))
+    partitioner = Partitioner(make_mesh(**mesh), rules)
+    names = (("batch", None, None), ("vocab", "embed"), ("vocab",))
     shardings = LazyLogits(*(partitioner.sharding(*axes) for axes in names))
     with partitioner.active():
         compiled = jax.jit(function, in_shardings=(shardings,)).lower(logits).compile()
         found = compiled(jax.device_put(logits, shardings))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
     program = compiled.as_text()
+    parsed = hlo.parse(program)
+    work = sum(times * hlo.instruction_flops(parsed, place, each) for place, each, times in parsed.executed())
+    assert work == pytest.approx(3 * 2 * (8 * 6 * 12 * 8) / 8)
     (loop,) = re.findall(r"\bwhile\(.*body=%([\w.]+)", program)
     body = re.search(rf"^%{re.escape(loop)} \(.*?^}}", program, re.MULTILINE | re.DOTALL)
     assert body is not None

@@ -111,6 +111,57 @@ def test_each_kind_sends_what_a_ring_does(line: str, sent: float) -> None:
     assert (found.sent, found.times) == (sent, 5)
 
 
+CHAIN = """\
+HloModule jit_f, is_scheduled=true
+
+%part (x: bf16[2,128]) -> bf16[8,128] {
+  %x = bf16[2,128]{1,0} parameter(0)
+  ROOT %all-gather.9 = bf16[8,128]{1,0} all-gather(%x), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
+ENTRY %main (x: bf16[2,128]) -> bf16[8,128] {
+  %x.1 = bf16[2,128]{1,0} parameter(0)
+  %async-collective-start.3 = bf16[8,128]{1,0} fusion(%x.1), kind=kCustom, calls=%part
+  %fusion.1 = bf16[8,128]{1,0} fusion(%x.1), kind=kOutput, calls=%part
+  ROOT %async-collective-done.3 = bf16[8,128]{1,0} fusion(%x.1), kind=kCustom, calls=%part
+}
+"""  # noqa: E501
+
+
+def test_what_a_tpu_spreads_over_a_chain_of_fusions_is_sent_once() -> None:
+    (found,) = hlo.collectives(hlo.parse(CHAIN), 8)
+    assert (found.kind, found.sent, found.times) == ("all-gather", 3 * 2 * 128 * 2, 1)
+
+
+OFFLOADED = """\
+HloModule jit_f, is_scheduled=true
+
+%kernel (x: bf16[2,128]) -> bf16[8,128] {
+  %x = bf16[2,128]{1,0} parameter(0)
+  ROOT %all-gather.9 = bf16[8,128]{1,0} all-gather(%x), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+}, execution_thread="sparsecore"
+
+%wrapped (x: bf16[2,128]) -> bf16[8,128] {
+  %x.1 = bf16[2,128]{1,0} parameter(0)
+  ROOT %custom-call.1 = bf16[8,128]{1,0} custom-call(%x.1), custom_call_target="any", called_computations={%kernel}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[2,128]) -> bf16[8,128] {
+  %x.2 = bf16[2,128]{1,0} parameter(0)
+  %start = ((bf16[2,128]{1,0}), bf16[8,128]{1,0}, u32[]{:S(8)}) async-start(%x.2), calls=%wrapped
+  ROOT %done = bf16[8,128]{1,0} async-done(%start)
+}
+"""
+
+
+def test_what_another_core_sends_meanwhile_is_seen() -> None:
+    """As a TPU7x has its SparseCores do it."""
+    program = hlo.parse(OFFLOADED)
+    (found,) = hlo.collectives(program, 8)
+    assert (found.kind, found.sent, found.times) == ("all-gather", 3 * 2 * 128 * 2, 1)
+    assert sum(hlo.memory_bytes(program, place, each) for place, each, _ in program.executed()) == 0
+
+
 def test_a_batched_product_as_a_tpu_writes_it() -> None:
     """[6 heads, 16, 32] x [6, 32, 24]: heads are spatial, and only where window and head meet there is an entry."""
     text = LOOP.replace(

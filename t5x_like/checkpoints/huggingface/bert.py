@@ -11,6 +11,7 @@ from t5x_like.checkpoints.huggingface import encoder_heads
 from t5x_like.checkpoints.huggingface.family import ACTIVATIONS, Activation, AnyModel, Family, activation_of, stack_of
 from t5x_like.checkpoints.huggingface.files import ConfigFile, Tensors
 from t5x_like.checkpoints.huggingface.tensors import Modules
+from t5x_like.errors import UserError
 from t5x_like.layers.attention import MultiHeadAttention
 from t5x_like.layers.embeddings import Embedding, InputEmbedding, LearnedPositions
 from t5x_like.layers.mlp import MlpBlock
@@ -103,6 +104,11 @@ class BertFamily(Family):
         network = cast(Bert, model.network)
         inputs, stack = network.token_embedder, network.encoder.stack
         layer, padding_id = stack.pattern[0], inputs.positions.padding_id
+        if inputs.segments is None:
+            raise UserError(
+                f"save: InputEmbedding.segments is None, but Hugging Face's {model_type} has a table of segments, one "
+                "row of zeros if nothing else; give the network one"
+            )
         return cls(
             model_type=model_type,
             vocab_size=inputs.tokens.vocab_size,
@@ -133,7 +139,7 @@ class BertFamily(Family):
         embedding = InputEmbedding(
             Embedding(self.vocab_size, self.hidden_size, dtype, output_bias=is_masked_lm),
             self.positions(dtype),
-            Embedding(self.type_vocab_size, self.hidden_size, dtype),
+            Embedding(self.type_vocab_size, self.hidden_size, dtype, vocab_axis=None),
             LayerNorm(epsilon),
         )
         mlp = MlpBlock(self.intermediate_size, (ACTIVATIONS[self.hidden_act],), dtype=dtype, use_bias=True)

@@ -127,7 +127,7 @@ def check_same(network: object, described: object, model_type: str) -> None:
             raise UserError(f"save: {name} is {value}, but {theirs.get(name)} in Hugging Face's {model_type}")
 
 
-_RUNNING = ("parent", "name", "dtype", "scan", "remat")
+_RUNNING = ("parent", "name", "dtype", "scan", "remat", "vocab_axis")
 _TRAINING = ("dropout_rate", "output_dropout_rate", "kernel_init", "out_init", "init_stddev", "init_scale")
 _ROUTING = ("jitter_noise", "balance_loss", "z_loss")
 _SAME = {"Chunked": "DotProduct"}
