@@ -287,7 +287,9 @@ def check_divisible(arrays: Mapping[str, tuple[tuple[int, ...], LogicalAxes]], p
     sparse = any("experts" in axes for _, axes in arrays.values())
     fits = (
         other
-        for other in meshes(mesh.size, mesh.shape["replica"])
+        for replica in range(mesh.shape["replica"], mesh.size + 1, mesh.shape["replica"])
+        if mesh.size % replica == 0
+        for other in meshes(mesh.size, replica)
         if (sparse or other.shape["expert"] == mesh.shape["expert"])
         and not any(_undivided(distinct, partitioner.rules, other))
     )

@@ -72,6 +72,13 @@ def test_the_nearest_mesh_that_divides_is_named(shape: tuple[int, int], wanted: 
         check_divisible({"a": (shape, ("batch", "vocab"))}, Partitioner(mesh(data=4, model=2)))
 
 
+def test_a_batch_may_be_split_further_than_parameters() -> None:
+    """Where `data` is too long for the parameters and nothing else divides, parts of it become replicas."""
+    arrays = {"x": ((8,), ("batch",)), "table": ((3, 4), ("vocab", "embed"))}
+    with pytest.raises(UserError, match="the nearest that does: replica=2,data=4,expert=1,model=1\n"):
+        check_divisible(arrays, Partitioner(mesh(data=8), fsdp_rules()))
+
+
 def test_length_takes_what_other_dimensions_leave() -> None:
     eight, context = mesh(data=4, model=2), ShardingRules(batch="expert", length=("data", "model"))
     assert ShardingRules().spec(("batch", "length", "embed"), eight) == P("data", "model", None)

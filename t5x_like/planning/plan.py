@@ -119,11 +119,17 @@ def measure(recipe: Recipe, topology: str | None, choice: Choice, steps: int = 3
     except UserError as error:
         if "does not divide" not in str(error):
             raise
-        return dataclasses.replace(plan, compile_error=str(error).partition("\n")[0])
+        return dataclasses.replace(plan, batch_size=recipe.build().dataset.batch_size, compile_error=_in_a_line(error))
     except CannotCompile as error:
         return dataclasses.replace(plan, compile_error=str(error))
     took = None if topology or not train.fits else job.seconds_per_step(steps)
     return dataclasses.replace(plan, train=train, measured_seconds=took)
+
+
+def _in_a_line(error: UserError) -> str:
+    """A mesh that does not divide something: what, and the nearest that does."""
+    reason, first, *others = str(error).splitlines()
+    return f"{reason}; {first.strip()}" + (f", and {len(others)} more" if others else "")
 
 
 def _described(plan: Plan, job: Job, target: hardware.Target, recipe: Recipe) -> Plan:

@@ -98,6 +98,11 @@ def show(console: Console, found: Sequence[Search], price: float | None) -> None
         console.print(_table(search))
         if best.fits:
             console.print(_details(best, price))
+        for plan in search.plans:
+            if plan.compile_error:
+                console.print(f"{plan.choice}: {plan.compile_error}", soft_wrap=True)
+            if plan.decode_error:
+                console.print(f"greedy decoding: {plan.decode_error}", soft_wrap=True)
         for way in search.others[:3]:
             estimate = way.estimate
             console.print(
@@ -112,7 +117,7 @@ def _table(search: Search) -> Table:
     best, front = search.plans[0], pareto(search.plans)
     for plan in search.plans:
         mark = "best" if plan is best and plan.fits else "Pareto" if plan in front else ""
-        why = "" if plan is best and plan.fits else why_not(plan, best)
+        why = "" if plan is best and plan.fits else "see below" if plan.compile_error else why_not(plan, best)
         cost = plan.train
         peak = f"{cost.peak_memory_gib:.2f}" if cost else "-"
         seconds = f"{plan.seconds:.3f}" if plan.seconds else "-"
