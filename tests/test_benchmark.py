@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import jax
 import numpy as np
@@ -89,7 +89,8 @@ def test_memory_of_a_step_here_and_on_a_device_of_a_topology(
     benchmark: ModuleType, tinier: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another CPU stands for the TPU: there the same program takes the same memory."""
-    monkeypatch.setattr(benchmark.steps, "tpu_devices", lambda topology: jax.devices()[3:])
+    there = SimpleNamespace(devices=jax.devices()[3:])
+    monkeypatch.setattr(benchmark.steps.hardware, "topology", lambda name: there)
     result = benchmark.steps.train(tinier, "bfloat16", 1, topology="v5e:2x2")
     assert result["topology"] == "v5e:2x2"
     assert result["temporary_mib_tpu"] == result["temporary_mib"] > 0.0

@@ -85,7 +85,7 @@ def test_what_a_chip_would_send_along_an_endless_axis(benchmark: ModuleType) -> 
         train=Cost(True, 5.0, flops_per_chip=2e9, traffic=traffic),
     )
     point = benchmark.growth.on_chips(plan)
-    assert (point["sent_gib"], point["endless_gib"], point["gflop"], point["made_gib"]) == (10.0, 12.0, 2.0, 4.0)
+    assert (point["sent_gib"], point["endless_gib"], point["gflop"], point["state_gib"]) == (10.0, 12.0, 2.0, 1.0)
 
 
 HERE = {"tokens_per_second": 100.0, "gflop_per_token": 2.0, "share_of_peak": 0.5, "memory_gib": 2.0, "state_gib": 1.0}

@@ -88,24 +88,22 @@ def here(growth: Growth, dtype: str, steps: int) -> Line:
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How a job is spread over more and more chips.
+    """How a job is spread over more and more chips: as replicas of a few.
 
     Attributes:
       name: for readers.
       growth: the job; its size is the number of chips.
-      fixed: mesh axes that do not grow; `data` takes the rest.
-      fsdp: as in `Choice`.
+      replica: mesh axes of one.
     """
 
     name: str
     growth: Growth
-    fixed: Mapping[str, int]
-    fsdp: bool = True
+    replica: Mapping[str, int]
 
     def choice(self, chips: int) -> Choice:
         """On so many chips."""
-        sizes = {**self.fixed, "data": chips // math.prod(self.fixed.values())}
-        return Choice(tuple(sizes.get(axis, 1) for axis in MESH_AXES), fsdp=self.fsdp)
+        sizes = {**self.replica, "replica": chips // math.prod(self.replica.values())}
+        return Choice(tuple(sizes.get(axis, 1) for axis in MESH_AXES))
 
 
 TOPOLOGIES = {8: "v5p:2x2x2", 32: "v5p:2x4x4", 128: "v5p:4x4x8", 512: "v5p:8x8x8", 2048: "v5p:8x16x16"}
@@ -113,18 +111,17 @@ TOPOLOGIES = {8: "v5p:2x2x2", 32: "v5p:2x4x4", 128: "v5p:4x4x8", 512: "v5p:8x8x8
 T5_CHIPS = Growth("chips", T5_BASE, tuple(TOPOLOGIES), lambda n: (f"BATCH_SIZE={8 * n}",))
 SWITCH_CHIPS = dataclasses.replace(T5_CHIPS, files=SWITCH_BASE)
 WAYS = (
-    Way("T5 base, data, whole parameters", T5_CHIPS, {}, fsdp=False),
-    Way("T5 base, data, FSDP", T5_CHIPS, {}),
-    Way("T5 base, data x model 4, FSDP", T5_CHIPS, {"model": 4}),
-    Way("Switch base 64, data x expert 8, FSDP", SWITCH_CHIPS, {"expert": 8}),
+    Way("T5 base, replicas of 1 chip", T5_CHIPS, {}),
+    Way("T5 base, replicas of 4 chips: FSDP", T5_CHIPS, {"data": 4}),
+    Way("T5 base, replicas of 4 chips: FSDP x model 2", T5_CHIPS, {"data": 2, "model": 2}),
+    Way("Switch base 64, replicas of 4 chips: experts, FSDP", SWITCH_CHIPS, {"expert": 4}),
 )
 
 
 def chips(dtype: str, steps: int, ways: Sequence[Way] = WAYS, topologies: Mapping[int, str] = TOPOLOGIES) -> Line:
     """FLOPs, memory and traffic of each chip when chips and batch grow together, from programs compiled for TPUs.
 
-    Theory: FLOPs stay. So does what the program makes in memory, beside parameters and optimiser state, which FSDP
-    splits, and gradients with them. What a chip sends along a mesh axis of size n is (n - 1) / n of what it would send
+    Theory: FLOPs and memory stay. What a chip sends along a mesh axis of size n is (n - 1) / n of what it would send
     along one without end: `endless_gib`, which stays.
 
     Raises:
@@ -139,7 +136,9 @@ def chips(dtype: str, steps: int, ways: Sequence[Way] = WAYS, topologies: Mappin
                 compiler(measure, way.growth.recipe(n, dtype), name, way.choice(n)) for n, name in topologies.items()
             )
             points = [on_chips(_compiled(plan)) for plan in found]
-            spread = {name: _spread([point[name] for point in points]) for name in ("gflop", "made_gib", "endless_gib")}
+            spread = {
+                name: _spread([point[name] for point in points]) for name in ("gflop", "memory_gib", "endless_gib")
+            }
             lines.append({"way": way.name, "points": points, "most_over_least": spread})
     finally:
         compiler.close()
@@ -154,13 +153,11 @@ def on_chips(plan: Plan) -> dict[str, float]:
     for each in train.traffic:
         size = math.prod(plan.mesh[axis] for axis in each.axes)
         endless += each.gib * size / (size - 1)
-    state = _state_gib(plan)
     return {
         "chips": plan.devices,
         "gflop": round(train.flops_per_chip / 1e9, 1),
         "memory_gib": round(train.peak_memory_gib, 3),
-        "state_gib": round(state, 3),
-        "made_gib": round(train.peak_memory_gib - state, 3),
+        "state_gib": round(_state_gib(plan), 3),
         "sent_gib": round(sum(each.gib for each in train.traffic), 3),
         "endless_gib": round(endless, 3),
         "predicted_seconds": round(train.seconds, 4),

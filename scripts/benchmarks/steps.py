@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
-import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -13,11 +11,11 @@ import numpy as np
 import optax
 
 from t5x_like import gin_config
-from t5x_like.errors import UserError
 from t5x_like.models.decoder_only import DecoderOnlyModel
 from t5x_like.models.encoder_decoder import EncoderDecoderModel
 from t5x_like.models.masked_lm import MaskedLMModel
 from t5x_like.models.network import NetworkModel
+from t5x_like.planning import hardware
 from t5x_like.sharding import Partitioner, make_mesh
 from t5x_like.training import train_state
 from t5x_like.training.flops import matmul_flops, matmul_peak
@@ -120,7 +118,7 @@ def train(training: Training, dtype: str, steps: int, topology: str | None = Non
     Raises:
       UserError: the topology is none, or libtpu is missing.
     """
-    chips = tpu_devices(topology) if topology else []  # first, for a mistake there is soon told
+    chips = hardware.topology(topology).devices if topology else ()  # first, for a mistake there is soon told
     model = training.model(dtype)
     partitioner, optimizer = Partitioner.single_device(), training.optimizer
     batch = jax.device_put(training.batch(model), partitioner.sharding("batch"))
@@ -173,23 +171,6 @@ def temporary_mib(training: Training, device: jax.Device) -> float:
     with _without_compilation_cache():
         step = TrainStep(model, optimizer).lowered(partitioner, shardings, state, batch).compile()
     return step.memory_analysis().temp_size_in_bytes / MIB
-
-
-def tpu_devices(topology: str) -> list[jax.Device]:
-    """The chips of a topology such as `v5e:2x2`, none of which need be there.
-
-    Raises:
-      UserError: libtpu is missing, or does not know the topology.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("--topology compiles with PyPI's libtpu, which is not here: pip install 't5x_like[tpu]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no TPU machine who it is
-    from jax.experimental import topologies
-
-    try:
-        return list(topologies.get_topology_desc(topology, platform="tpu").devices)
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--topology={topology}: name one such as v5e:2x2; libtpu says {error}") from error
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """`t5x_like plan`: what a training job takes of devices that need not be there, and the best way to run it."""
 
 import itertools
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -58,7 +59,11 @@ def plan(
             with console.status(f"{name or 'here'}: starting") as status:
 
                 def tell(what: str, name: str | None = name, status: Status = status) -> None:
-                    status.update(f"{name or 'here'}: {what}")
+                    line = f"{name or 'here'}: {what}"
+                    if console.is_terminal:
+                        status.update(line)
+                    else:  # a search takes minutes, and logs are read, too
+                        print(line, file=sys.stderr, flush=True)
 
                 fixed = None if sizes is None else parse_mesh(sizes, compiler(count_devices, name))
                 given = Choice(fixed, remat, microbatches)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import re
@@ -121,15 +122,12 @@ def topology(name: str) -> Target:
             f"--topology={name}: a {chip.name} has {chip.dims} dimensions, each 1 or even; "
             f"try {chip.name}:{'x'.join(map(str, fixed))}"
         )
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"--topology={name}: compiling for a TPU needs PyPI's libtpu: pip install 't5x_like[tpu]'")
     try:
         devices = _described(f"{chip.name}:{shape}", slices, chip.config)
     except Exception as error:
         reason = " ".join(str(error).split())
-        if "libtpu" in reason.lower() or isinstance(error, ImportError):
-            raise UserError(
-                f"--topology={name}: compiling for a TPU needs PyPI's libtpu ({reason[:120]}); "
-                "pip install 't5x_like[tpu]'"
-            ) from error
         raise UserError(f"--topology={name}: {reason[:300]}") from error
     return Target(name, chip, devices)
 
