@@ -262,7 +262,7 @@ def memory_bytes(program: Program, place: Computation, instruction: Instruction)
         return 0
     if instruction.opcode == "custom-call" and instruction.called:
         return 0  # counted where it calls
-    if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+    if instruction.opcode.removesuffix("-start") in (*COLLECTIVES, "send", "recv"):
         return 0  # counted as communication
     if instruction.opcode == "copy-start":  # what is written, what is read, and a flag
         return sum(shape.bytes for shape in instruction.shapes[:2] if shape.space == 0)
@@ -346,6 +346,12 @@ def _communicating(
     kind = instruction.opcode.removesuffix("-start")
     if kind in COLLECTIVES:
         yield place, instruction, kind
+    elif kind == "send" and (across := re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)):
+        yield (
+            place,
+            instruction,
+            across[1].lower().replace("_", "-"),
+        )  # between slices
     elif instruction.opcode == "fusion":
         name = instruction.called["calls"]
         inner = program.computations[name]
@@ -373,6 +379,10 @@ def _sent(kind: str, place: Computation, instruction: Instruction, count: int) -
 
 def _group(attributes: str, devices: int) -> tuple[int, ...]:
     """The group in which the first device is, or another if it is in none."""
+    if slices := re.search(r'_xla_megascale_target="\{([\d,:]+)\}x', attributes):
+        ranges = [[int(n) for n in part.split(":")] for part in slices[1].split(",")]
+        count = sum(part[-1] - part[0] + 1 for part in ranges)
+        return tuple(range(0, devices, devices // count))  # slices follow each other
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return (int(pairs[1]), int(pairs[2])) if pairs[1] != pairs[2] else (int(pairs[1]),)
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*(?:,?\s*device_ids=\S+)?\s*\{([^}]*)\}", attributes):

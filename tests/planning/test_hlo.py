@@ -154,6 +154,31 @@ ENTRY %main (x: bf16[2,128]) -> bf16[8,128] {
 """
 
 
+BETWEEN_SLICES = """\
+HloModule jit_f, is_scheduled=true
+
+ENTRY %main (x: f32[64,128]) -> f32[64,128] {
+  %x.1 = f32[64,128]{1,0} parameter(0)
+  %after-all.1 = token[] after-all()
+  %recv.1 = (f32[64,128]{1,0}, u32[]{:S(2)}, token[]) recv(%after-all.1), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="SLICES",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send.1 = (f32[64,128]{1,0}, u32[]{:S(2)}, token[]) send(%x.1, %after-all.1), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_target="SLICES",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done.1 = token[] send-done(%send.1), channel_id=1, is_host_transfer=true
+  %recv-done.1 = (f32[64,128]{1,0}, token[]) recv-done(%recv.1), channel_id=2, is_host_transfer=true
+  ROOT %y = f32[64,128]{1,0} get-tuple-element(%recv-done.1), index=0
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("slices", "group", "share"), [("{1,2}x{0:3}", (0, 4), 1 / 2), ("{1:4}x{0:1}", (0, 2, 4, 6), 3 / 4)]
+)
+def test_what_slices_send_each_other_is_seen(slices: str, group: tuple[int, ...], share: float) -> None:
+    program = hlo.parse(BETWEEN_SLICES.replace("SLICES", slices))
+    (found,) = hlo.collectives(program, 8)
+    assert (found.kind, found.group, found.sent) == ("all-reduce", group, 2 * share * 64 * 128 * 4)
+    assert sum(hlo.memory_bytes(program, place, each) for place, each, _ in program.executed()) == 0
+
+
 def test_what_another_core_sends_meanwhile_is_seen() -> None:
     """As a TPU7x has its SparseCores do it."""
     program = hlo.parse(OFFLOADED)
