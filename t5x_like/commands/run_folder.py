@@ -20,15 +20,20 @@ MAY_CHANGE = (
 
 
 def check_config(model_dir: str | Path, config: str) -> None:
-    """Refuses to go on in a folder whose run was configured otherwise.
+    """Refuses to go on in a folder whose run was configured otherwise, or where there can be no folder.
 
     Args:
       model_dir: the run's folder.
       config: this command's operative gin configuration.
 
     Raises:
-      UserError: names every setting that differs, its old and its new value.
+      UserError: names every setting that differs, its old and its new value; or the address of a bucket.
     """
+    if "://" in str(model_dir):
+        raise UserError(
+            f"MODEL_DIR={model_dir}: a run is written to a folder; mount the bucket (Cloud Storage FUSE, for instance) "
+            "and name the folder where it appears"
+        )
     path = Path(model_dir) / "config.gin"
     if not path.exists():
         return

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import TRAIN_CONFIG, train_tiny
 
+from t5x_like import cli
 from t5x_like.checkpoints import integrity
 from t5x_like.checkpoints.manager import Checkpoints
 from t5x_like.training.trainer import Monitor
@@ -102,12 +103,18 @@ def test_a_run_is_a_function_of_its_config(trained: Path, tmp_path: Path) -> Non
     """config.gin alone gives the same run again."""
     config = tmp_path / "again.gin"
     shutil.copy(trained / "config.gin", config)
-    from t5x_like import cli
-
     assert (
         cli.main(["train", f"--gin_file={config}", f"--gin.MODEL_DIR={tmp_path / 'again'}", "--gin.TRAIN_STEPS=2"]) == 0
     )
     assert digests(tmp_path / "again", 2) == digests(trained, 2)
+
+
+def test_a_bucket_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.gin").write_text(TRAIN_CONFIG)
+    assert cli.main(["train", "--gin_file=tiny.gin", "--gin.MODEL_DIR=gs://bucket/run"]) == 2
+    assert "MODEL_DIR=gs://bucket/run: a run is written to a folder; mount the bucket" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gin"]
 
 
 def test_another_config_in_the_same_folder_is_refused_with_what_differs(
