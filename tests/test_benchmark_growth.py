@@ -92,8 +92,14 @@ HERE = {"tokens_per_second": 100.0, "gflop_per_token": 2.0, "share_of_peak": 0.5
 ON_CHIPS = {"gflop": 5.0, "memory_gib": 2.0, "sent_gib": 3.0}
 
 
+@pytest.mark.parametrize(("spread", "verdict"), [(1.1, "flat"), (1.2, "NOT FLAT")])
 def test_all_growth_is_listed_and_drawn(
-    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    benchmark: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    spread: float,
+    verdict: str,
 ) -> None:
     """Processes that take minutes are stood in for; every case of the suite is one that the command knows."""
 
@@ -102,7 +108,8 @@ def test_all_growth_is_listed_and_drawn(
         along = case.removeprefix("growth_")
         if along == "chips":
             points = [ON_CHIPS | {"chips": chips} for chips in (8, 2048)]
-            return {"case": case, "dtype": dtype, "along": along, "ways": [{"way": "T5, FSDP", "points": points}]}
+            ways = [{"way": "T5, FSDP", "points": points, "most_over_least": {"gflop": 1.01, "memory_gib": spread}}]
+            return {"case": case, "dtype": dtype, "along": along, "ways": ways}
         return {"case": case, "dtype": dtype, "along": along, "points": [{along: n, **HERE} for n in (1, 4)]}
 
     monkeypatch.setattr(benchmark.peers, "our_turn", turn)
@@ -112,6 +119,7 @@ def test_all_growth_is_listed_and_drawn(
     lines = [json.loads(line) for line in said if line.startswith("{")]
     assert [line["along"] for line in lines] == ["length", "batch", "layers", "experts", "chips"]
     assert "| 5.0 | 2.0 | 3.0 | 2,048 |" in said
+    assert said[-1] == f"T5, FSDP, most over least: gflop 1.010, memory_gib {spread:.3f}: {verdict}"
     drawn = plot.read_text()
     assert drawn.count("<!-- T5, FSDP -->") == 3
     assert "tokens/s here, by experts" in drawn

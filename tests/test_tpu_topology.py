@@ -1,9 +1,11 @@
 """What XLA makes of our programs for TPUs that are not there: needs PyPI's libtpu (the extra `tpu`), which CI lacks."""
 
 import functools
+import importlib
 import os
 import re
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -88,3 +90,13 @@ def test_a_policy_between_full_and_minimal_fits_and_recomputes_little() -> None:
         recomputed[remat] = train.flops_per_chip - plan.model_flops / plan.devices
         assert train.peak_memory_gib <= 60
     assert 0 < recomputed["save_projections"] <= recomputed["full"] / 3
+
+
+@pytest.mark.full
+def test_with_more_chips_and_as_many_more_examples_each_takes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As theory says of FLOPs and memory, and of what is sent, but for the factor (n - 1) / n of a ring."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "scripts")
+    growth = importlib.import_module("benchmarks.growth")
+    few = {chips: name for chips, name in growth.TOPOLOGIES.items() if chips <= 128}
+    for way in growth.chips("bfloat16", 1, topologies=few)["ways"]:
+        assert max(way["most_over_least"].values()) <= growth.FLAT, way

@@ -108,6 +108,9 @@ class Way:
 
 TOPOLOGIES = {8: "v5p:2x2x2", 32: "v5p:2x4x4", 128: "v5p:4x4x8", 512: "v5p:8x8x8", 2048: "v5p:8x16x16"}
 
+FLAT = 1.1
+"""What theory says is flat may differ by so much."""
+
 T5_CHIPS = Growth("chips", T5_BASE, tuple(TOPOLOGIES), lambda n: (f"BATCH_SIZE={8 * n}",))
 SWITCH_CHIPS = dataclasses.replace(T5_CHIPS, files=SWITCH_BASE)
 WAYS = (
@@ -179,13 +182,20 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """All points in Markdown, a table for each line or way."""
-    return "\n\n".join(_table(name, points) for name, points in _series(lines))
+    """All points in Markdown, a table for each line or way, and for ways whether they are as flat as theory says."""
+    ways = (way for line in lines for way in line.get("ways", ()))  # type: ignore[attr-defined]
+    flat = [f"{way['way']}, most over least: {_flatness(way['most_over_least'])}" for way in ways]
+    return "\n\n".join([*(_table(name, points) for name, points in _series(lines)), *flat])
 
 
 def _table(name: str, points: Sequence[Mapping[str, float]]) -> str:
     rows = [points[0].keys(), ["---"] * len(points[0]), *([f"{n:,}" for n in point.values()] for point in points)]
     return "\n".join([f"{name}:", "", *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _flatness(spread: Mapping[str, float]) -> str:
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in spread.items())
+    return f"{figures}: {'flat' if max(spread.values()) <= FLAT else 'NOT FLAT'}"
 
 
 def _series(lines: Iterable[Line]) -> Iterator[tuple[str, list[dict[str, float]]]]:
