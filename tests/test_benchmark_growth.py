@@ -121,7 +121,7 @@ def test_all_growth_is_listed_and_drawn(
     assert "| 5.0 | 2.0 | 3.0 | 2,048 |" in said
     assert said[-1] == f"T5, FSDP, most over least: gflop 1.010, memory_gib {spread:.3f}: {verdict}"
     drawn = plot.read_text()
-    assert drawn.count("<!-- T5, FSDP -->") == 3
+    assert drawn.count(">T5, FSDP</text>") == 3
     assert "tokens/s here, by experts" in drawn
 
 

@@ -223,6 +223,7 @@ def check_plot(path: Path) -> None:
 
 def draw(lines: Sequence[Line], path: Path) -> None:
     """All points as curves: what grows here, column by column, above what chips do."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     rows = [[*row] for row in (_speeds(lines), _memories(lines), _chips(lines))]
@@ -236,10 +237,11 @@ def draw(lines: Sequence[Line], path: Path) -> None:
                 axes.plot(panel.sizes, values, style, label=name, markersize=4)
             axes.set_xscale("log", base=2)
             axes.set_xticks(panel.sizes, [f"{size:,}" for size in panel.sizes])
-            axes.set_ylim(0, None)
+            axes.set_ylim(0, 1.08 * max(map(max, panel.curves.values())))
             axes.set_title(panel.title, fontsize="medium")
             axes.legend(fontsize="x-small")
-    figure.savefig(path)
+    with rc_context({"svg.fonttype": "none"}):  # text stays text
+        figure.savefig(path)
 
 
 def _columns(points: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
