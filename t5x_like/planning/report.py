@@ -18,6 +18,10 @@ from t5x_like.recipe import Recipe
 PREDICTION = (
     "Seconds are a prediction: a roofline of the compiled program at the chip's published peaks, never reached."
 )
+ON_CPU = (
+    "Seconds are a prediction: a roofline at what was measured of this processor. What stays in its caches counts as "
+    "memory traffic, too: a step may take less."
+)
 
 
 def as_json(plan: Plan, price: float | None = None) -> dict[str, object]:
@@ -109,7 +113,11 @@ def show(console: Console, found: Sequence[Search], price: float | None) -> None
                 f"not compiled: {way.choice}: by arithmetic {estimate.seconds:.3g} s, {estimate.memory_gib:.1f} GiB",
                 style="dim",
             )
-    console.print(f"\n{PREDICTION}", style="dim")
+    console.print(f"\n{_prediction(found)}", style="dim")
+
+
+def _prediction(found: Sequence[Search]) -> str:
+    return ON_CPU if all(search.plans[0].topology == "cpu" for search in found) else PREDICTION
 
 
 def _table(search: Search) -> Table:
@@ -186,7 +194,7 @@ _COLOURS = ("#3b6ea8", "#7fa7d1", "#d99a3c", "#8d8d8d")
 def write_html(found: Sequence[Search], path: str | Path) -> None:
     """Writes one page that opens from disk: memory and time of every plan, as bars and numbers."""
     parts = ["<!doctype html><meta charset=utf-8><title>t5x_like plan</title>", f"<style>{_STYLE}</style>"]
-    parts.append(f"<h1>Plan</h1><p class=note>{PREDICTION}</p>")
+    parts.append(f"<h1>Plan</h1><p class=note>{_prediction(found)}</p>")
     for search in found:
         best = search.plans[0]
         parts.append(f"<h2>{html.escape(best.topology)}: {best.devices} devices, batch {best.batch_size}</h2>")
