@@ -347,11 +347,7 @@ def _communicating(
     if kind in COLLECTIVES:
         yield place, instruction, kind
     elif kind == "send" and (across := re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)):
-        yield (
-            place,
-            instruction,
-            across[1].lower().replace("_", "-"),
-        )  # between slices
+        yield place, instruction, across[1].lower().replace("_", "-")  # to other slices
     elif instruction.opcode == "fusion":
         name = instruction.called["calls"]
         inner = program.computations[name]
