@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs what the arguments say.
 
     Returns:
-      The exit code: 0 done, 1 something failed to run, 2 the user's mistake.
+      The exit code: 0 done, 1 something failed to run or is not as flat as theory says, 2 the user's mistake.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(growth.table(lines))
             if arguments.plot:
                 growth.draw(lines, arguments.plot)
-            return int(failed)
+            return int(failed or not growth.is_flat(lines))
         if arguments.compare:
             for line in _compared(parser, arguments):
                 print(json.dumps(line), flush=True)

@@ -183,9 +183,20 @@ def _spread(values: Sequence[float]) -> float:
 
 def table(lines: Sequence[Line]) -> str:
     """All points in Markdown, a table for each line or way, and for ways whether they are as flat as theory says."""
-    ways = (way for line in lines for way in line.get("ways", ()))  # type: ignore[attr-defined]
-    flat = [f"{way['way']}, most over least: {_flatness(way['most_over_least'])}" for way in ways]
+    flat = [f"{name}, most over least: {_flatness(spread)}" for name, spread in _spreads(lines)]
     return "\n\n".join([*(_table(name, points) for name, points in _series(lines)), *flat])
+
+
+def is_flat(lines: Sequence[Line]) -> bool:
+    """Whether all ways are as flat as theory says."""
+    return all(max(spread.values()) <= FLAT for _, spread in _spreads(lines))
+
+
+def _spreads(lines: Sequence[Line]) -> Iterator[tuple[str, dict[str, float]]]:
+    for line in lines:
+        ways = line.get("ways", [])
+        assert isinstance(ways, list)
+        yield from ((way["way"], way["most_over_least"]) for way in ways)
 
 
 def _table(name: str, points: Sequence[Mapping[str, float]]) -> str:

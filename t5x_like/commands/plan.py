@@ -1,5 +1,6 @@
 """`t5x_like plan`: what a training job takes of devices that need not be there, and the best way to run it."""
 
+import functools
 import itertools
 import sys
 from collections.abc import Sequence
@@ -56,15 +57,8 @@ def plan(
     console, compiler, found = Console(highlight=False), Compiler(on_cpu=bool(topology)), list[Search]()
     try:
         for name, sizes in itertools.product(topology or (None,), mesh or (None,)):
-            with console.status(f"{name or 'here'}: starting") as status:
-
-                def tell(what: str, name: str | None = name, status: Status = status) -> None:
-                    line = f"{name or 'here'}: {what}"
-                    if console.is_terminal:
-                        status.update(line)
-                    else:  # a search takes minutes, and logs are read, too
-                        print(line, file=sys.stderr, flush=True)
-
+            with console.status("starting") as status:
+                tell = functools.partial(_tell, console, status, name or "here")
                 fixed = None if sizes is None else parse_mesh(sizes, compiler(count_devices, name))
                 given = Choice(fixed, remat, microbatches)
                 ways = search(recipe, name, given, compiler, max_compiles, minutes, tell)
@@ -85,3 +79,11 @@ def plan(
     if gin_out is not None:
         report.write_gin(best, recipe, gin_out)
         console.print(f"\ntrain it: t5x_like train --gin_file={gin_out} --gin.MODEL_DIR=FOLDER")
+
+
+def _tell(console: Console, status: Status, name: str, what: str) -> None:
+    """What is being done for a target: a search takes minutes. Logs get a line of it."""
+    if console.is_terminal:
+        status.update(f"{name}: {what}")
+    else:
+        print(f"{name}: {what}", file=sys.stderr, flush=True)
